@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: MIT
+"""The data side of VLM2Rec: one format on disk, its reader, the leave-one-out split, the evaluation's negatives.
+
+A domain is a folder. Whoever writes these three things has one:
+
+    items.csv          item_id,title,image         image: a path relative to the folder
+    interactions.csv   user_id,item_id,timestamp   in any order; the timestamp is a number that grows with time
+    images/...
+
+Below the reader stand the producers: the sample world, which writes such a folder, and the tiny model, which writes an
+ordinary Qwen2.5-VL checkpoint folder. Nothing that reads either can tell it from the real thing.
+"""
+from __future__ import annotations
+
+import collections
+import colorsys
+import concurrent.futures
+import contextlib
+import csv
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+CORE = 5                    # every user and every item has at least so many interactions (Section 5.1.1)
+NEGATIVES = 100             # ranked beside the target (Section 5.1.3)
+VALIDATION_USERS = 2000     # at most so many are scored after each epoch; the paper does not say
+MAX_PIXELS = 40_000_000     # a larger picture is not decoded
+FROM_THE_END = {"test": 1, "valid": 2, "train": 3}  # leave-one-out: a split's target, counted from the sequence's end
+
+
+class InputError(Exception):
+    """The user's mistake, told in one line: what is wrong, where, and how to mend it."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The reader
+# ----------------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Domain:
+    """A domain in memory. Items and users are indices into these lists, in the order of the files."""
+    name: str
+    item_ids: list[str]
+    titles: list[str]
+    pictures: list[Path]
+    user_ids: list[str]
+    sequences: list[list[int]]   # per user the items, oldest first
+    tied: list[bool]             # per user: have the last two items one timestamp? Then file order made the test item
+    dropped: dict[str, int]      # reason: how many
+    digest: str                  # of all of the above and of the bytes of the pictures
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple]:
+    """Yield (line number, value of each of `columns`) per row of an RFC 4180 file; further columns are ignored.
+
+    Raises InputError, with file and line, for a file that is missing, empty, not UTF-8 or not well-formed.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            if missing := [name for name in columns if name not in header]:
+                raise InputError(f"{path}, line 1: no column {', '.join(missing)}; "
+                                 f"the header has to name {','.join(columns)}")
+            where = [header.index(name) for name in columns]
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise InputError(f"{path}, line {rows.line_num}: {len(row)} fields where the header has {len(header)}; "
+                                     "put a field that holds a comma into double quotes")
+                if row:
+                    yield (rows.line_num, *(row[k].strip() for k in where))
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; it has to hold the columns {','.join(columns)}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}; quote fields as RFC 4180 says") from None
+
+
+def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
+    """items.csv as {item_id: (title, path of its picture)}. Raises InputError for an id that is empty or stands twice,
+    or for a picture outside the folder."""
+    roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link; a single picture may not lead out
+    items = {}
+    for line, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
+        if not item or item in items:
+            raise InputError(f"{folder / 'items.csv'}, line {line}: item_id {item!r} is "
+                             + ("there twice; keep one row for each item" if item else "empty; give every item an id"))
+        try:
+            inside = any((folder / image).resolve().is_relative_to(root) for root in roots)
+        except (ValueError, OSError, RuntimeError):  # a null byte, a name too long, a loop of links
+            inside = False
+        if not inside:
+            raise InputError(f"{folder / 'items.csv'}, line {line}: the picture {image[:200]!r} is not a path inside "
+                             f"{folder}; copy it there and name it relative to that folder")
+        items[item] = (" ".join(title.split()), folder / image)
+    return items
+
+
+def read_interactions(folder: Path, items: dict) -> dict[str, list[tuple[str, float]]]:
+    """interactions.csv as {user_id: [(item_id, timestamp), oldest first]}. The sort is stable: rows with equal
+    timestamps keep the order of the file. Raises InputError for an unknown item or a timestamp that is no number."""
+    path, users = folder / "interactions.csv", {}
+    for line, user, item, timestamp in read_csv(path, ("user_id", "item_id", "timestamp")):
+        if not user:
+            raise InputError(f"{path}, line {line}: the user_id is empty")
+        if item not in items:
+            raise InputError(f"{path}, line {line}: item_id {item!r} is not in items.csv; add it there or drop the row")
+        try:
+            time = float(timestamp)
+        except ValueError:
+            time = math.nan
+        if not math.isfinite(time):
+            raise InputError(f"{path}, line {line}: timestamp {timestamp!r} is not a number; use seconds since 1970")
+        users.setdefault(user, []).append((item, time))
+    for events in users.values():
+        events.sort(key=lambda event: event[1])
+    return users
+
+
+def load_picture(file: Path | io.BytesIO) -> Image.Image:
+    """Decode a picture's first frame to RGB. Raises OSError or ValueError if it is damaged or has over MAX_PIXELS."""
+    with Image.open(file) as picture:
+        if picture.width * picture.height > MAX_PIXELS:
+            raise ValueError(f"{picture.width} x {picture.height} pixels are over {MAX_PIXELS:,}")
+        return picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
+
+
+def picture_digest(path: Path) -> str:
+    """The digest of a picture's bytes, or "" if there is no file or it cannot be decoded."""
+    try:
+        content = path.read_bytes()
+        load_picture(io.BytesIO(content))
+    except Exception:  # which error a damaged file raises is up to the decoder; all mean: no picture
+        return ""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def core(users: dict[str, list], k: int = CORE) -> dict[str, list]:
+    """Drop users and items with fewer than k interactions until none is left (k-core, at its fixed point)."""
+    while True:
+        counts = collections.Counter(item for events in users.values() for item, _ in events)
+        kept = {user: [event for event in events if counts[event[0]] >= k] for user, events in users.items()}
+        kept = {user: events for user, events in kept.items() if len(events) >= k}
+        if kept == users:
+            return users
+        users = kept
+
+
+def read_domain(folder: str | Path, name: str = "") -> Domain:
+    """Read a domain folder: drop items without a title or a decodable picture, keep the earliest of a repeated
+    (user, item), then 5-core. Raises InputError for malformed files and if nothing is left."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; a domain is a folder with items.csv, interactions.csv and images/")
+    items = read_items(folder)
+    events = read_interactions(folder, items)
+    titled = [item for item, (title, _) in items.items() if title]
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        checks = pool.map(picture_digest, (items[item][1] for item in titled))
+        digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, delay=1)))
+    usable = {item for item, digest in digests.items() if digest}
+    shown = {user: [event for event in row if event[0] in usable] for user, row in events.items()}
+    first = {user: list({item: (item, time) for item, time in reversed(row)}.values())[::-1] for user, row in shown.items()}
+    users = core(first)
+    size = lambda table: sum(map(len, table.values()))
+    dropped = {"items without a title": len(items) - len(titled), "items without a decodable picture": len(titled) - len(usable),
+               "interactions with such items": size(events) - size(shown), "repeated interactions": size(shown) - size(first),
+               "interactions outside the 5-core": size(first) - size(users)}
+    if not users:
+        raise InputError(f"{folder}: nothing is left after {CORE}-core filtering; dropped "
+                         + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
+    return index_domain(name or folder.resolve().name, items, digests, users, dropped)
+
+
+def index_domain(name: str, items: dict, digests: dict, users: dict, dropped: dict) -> Domain:
+    """Number what the reader kept. Raises InputError if a user's negatives would not find NEGATIVES items."""
+    bought = {item for events in users.values() for item, _ in events}
+    item_ids = [item for item in items if item in bought]
+    index = {item: number for number, item in enumerate(item_ids)}
+    sequences = [[index[item] for item, _ in events] for events in users.values()]
+    longest = max(map(len, sequences))
+    if len(item_ids) < longest + NEGATIVES:
+        raise InputError(f"{name}: {len(item_ids)} items are too few: the longest sequence has {longest} and the evaluation "
+                         f"ranks {NEGATIVES} others beside the target; bring at least {longest + NEGATIVES} items")
+    tied = [events[-1][1] == events[-2][1] for events in users.values()]
+    content = [[(item, items[item][0], digests[item]) for item in item_ids], list(users), sequences, tied]
+    return Domain(name, item_ids, [items[item][0] for item in item_ids], [items[item][1] for item in item_ids],
+                  list(users), sequences, tied, dropped,
+                  hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
+
+
+def describe(domain: Domain) -> str:
+    """What was read and what was dropped, for people."""
+    events = sum(map(len, domain.sequences))
+    lost = ", ".join(f"{count:,} {reason}" for reason, count in domain.dropped.items() if count) or "nothing"
+    return (f"{domain.name}: {len(domain.user_ids):,} users, {len(domain.item_ids):,} items, {events:,} interactions, "
+            f"mean length {events / len(domain.user_ids):.1f}\n  dropped: {lost}\n"
+            f"  test item decided by a tie in time: {sum(domain.tied) / len(domain.tied):.1%} of the users")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The split and the negatives (Sections 5.1.1, 5.1.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
+    """(history, target) of a user. The test target is the last item, validation's the second to last, training's the
+    third to last; the history is what comes before the target, its latest `length` items."""
+    at = len(sequence) - FROM_THE_END[split]
+    return sequence[max(0, at - length):at], sequence[at]
+
+
+def draw_negatives(user_id: str, sequence: list[int], items: int, split: str, seed: int) -> list[int]:
+    """NEGATIVES distinct items outside the user's whole sequence, uniform. They depend on (seed, split, user) alone, so
+    that every method ranks the same candidates. Raises ValueError if there are not enough items."""
+    bought = set(sequence)
+    draw = random.Random(f"{seed} {split} {user_id}").sample(range(items), NEGATIVES + len(bought))
+    return [item for item in draw if item not in bought][:NEGATIVES]
+
+
+def validation_users(users: int, seed: int) -> list[int]:
+    """The users that are scored after each epoch: all, or VALIDATION_USERS of them, fixed by the seed."""
+    return sorted(random.Random(f"{seed} validation users").sample(range(users), min(users, VALIDATION_USERS)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Producers: whatever writes a domain folder or a checkpoint folder
+# ----------------------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            if not folder.exists():  # if it does, another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def prepare_domain(domain: str, data_dir: Path) -> Path:
+    """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how.
+    Raises InputError if it is not there and cannot be made."""
+    if os.sep in domain or "/" in domain:
+        return Path(domain)
+    folder = data_dir / domain
+    if not folder.exists() and domain == "sample":
+        write_sample_world(folder)
+    if not folder.exists():
+        raise InputError(f"{folder} is missing; write items.csv, interactions.csv and images/ there, "
+                         "give the path of another folder, or try --domain sample")
+    return folder
+
+
+def prepare_model(model: str, data_dir: Path) -> str:
+    """What `from_pretrained` takes for a model: a hub name or a folder as it is; `tiny` is written under data_dir."""
+    if model != "tiny":
+        return model
+    folder = data_dir / "tiny-qwen2.5-vl"
+    if not folder.exists():
+        write_tiny_model(folder)
+    return str(folder)
+
+
+NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]   # one for each category
+BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]       # one for each style
+SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
+
+
+def write_sample_world(folder: Path, seed: int = 0, users: int = 2000, per_cell: int = 10) -> None:
+    """Write a synthetic domain in which each modality is clear about one thing and vague about another.
+
+    An item has one of 8 categories and one of 8 styles; each of the 64 cells holds `per_cell` items, whose popularity
+    is log-normal. The title is a brand, a noun and a number. The noun always names the category; the brand is the
+    style's in 70 % of the items and a random one in the rest. The picture shows one shape of one colour. The hue always
+    shows the style; the shape is the category's in 70 % and a random one in the rest; place, size and shade vary.
+
+    A user starts in a random cell and takes 5 to 14 steps. At each step the category stays (50 %), moves on to the next
+    one (35 %) or is drawn anew (15 %); independently, the style stays (60 %), moves on (25 %) or is drawn anew (15 %).
+    In the new cell the user takes an item not taken before, by popularity. Between two steps pass 0 days (20 %) or 1 to
+    9; timestamps are whole days, and the file is in the order of the items, as Amazon's is.
+    """
+    rng = random.Random(f"sample world {seed}")
+    cells = {(category, style): [f"{category}{style}{k:02}" for k in range(per_cell)] for category in range(8) for style in range(8)}
+    popularity = {item: rng.lognormvariate(0, 0.7) for items in cells.values() for item in items}
+    blur = lambda value: value if rng.random() < 0.7 else rng.randrange(8)
+    move = lambda value, stay, step: rng.choices([value, (value + 1) % 8, rng.randrange(8)], [stay, step, 1 - stay - step])[0]
+    with whole_folder(folder) as partial:
+        (partial / "images").mkdir()
+        rows = []
+        for (category, style), items in cells.items():
+            for item in items:
+                rows.append([item, f"{BRANDS[blur(style)]} {NOUNS[category]} {rng.randrange(100)}", f"images/{item}.png"])
+                draw_item(rng, SHAPES[blur(category)], style / 8).save(partial / "images" / f"{item}.png")
+        write_csv(partial / "items.csv", ["item_id", "title", "image"], rows)
+        events = []
+        for user in range(users):
+            category, style, day, taken = rng.randrange(8), rng.randrange(8), 16000 + rng.randrange(365), set()
+            for _ in range(rng.randint(5, 14)):
+                category, style = move(category, 0.5, 0.35), move(style, 0.6, 0.25)
+                if free := [item for item in cells[category, style] if item not in taken]:
+                    day += rng.randint(1, 9) if rng.random() < 0.8 else 0
+                    taken.add(item := rng.choices(free, [popularity[item] for item in free])[0])
+                    events.append([f"u{user:04}", item, day * 86400])
+        write_csv(partial / "interactions.csv", ["user_id", "item_id", "timestamp"], sorted(events, key=lambda row: row[1]))
+
+
+def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
+    """Draw one shape in one colour on a pale ground; place, size and shade come from `rng`."""
+    shade = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, s, v))
+    colour, ground = shade(rng.uniform(0.7, 1), rng.uniform(0.6, 0.95)), (rng.randint(225, 255),) * 3
+    picture = Image.new("RGB", (size, size), ground)
+    draw, r = ImageDraw.Draw(picture), rng.randint(size // 4, size // 3)
+    x, y = rng.randint(r + 2, size - r - 2), rng.randint(r + 2, size - r - 2)
+    box, third = (x - r, y - r, x + r, y + r), 2 * r // 3
+    if shape in ("disc", "ring"):
+        draw.ellipse(box, fill=colour if shape == "disc" else ground, outline=colour, width=max(1, r // 3))
+    elif shape == "square":
+        draw.rectangle(box, fill=colour)
+    elif shape == "triangle":
+        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
+    elif shape == "diamond":
+        draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour)
+    else:  # on a grid of 3 x 3: cross, bars, checks
+        filled = {"cross": (1, 3, 4, 5, 7), "bars": (0, 3, 6, 2, 5, 8), "checks": (0, 2, 4, 6, 8)}[shape]
+        for row, column in (divmod(cell, 3) for cell in filled):
+            left, top = x - r + column * third, y - r + row * third
+            draw.rectangle((left, top, left + third - 1, top + third - 1), fill=colour)
+    return picture
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
+    """Write an RFC 4180 file in UTF-8."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def write_tiny_model(folder: Path) -> None:
+    """Write a Qwen2.5-VL of half a million random parameters with a byte-level tokenizer, as `save_pretrained` does."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    symbols = marks + sorted(pre_tokenizers.ByteLevel.alphabet())  # a token for every byte, no merges
+    ids = {symbol: number for number, symbol in enumerate(symbols)}
+    bytes_only = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token=marks[0], eos_token=marks[1],
+                                        additional_special_tokens=marks[2:])
+    text = dict(vocab_size=len(symbols), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
+                num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=None, eos_token_id=ids[marks[1]],
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
+    vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=96, fullatt_block_indexes=[1])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
+                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
+                              vision_end_token_id=ids["<|vision_end|>"])
+    with whole_folder(folder) as partial, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen2_5_VLModel(config).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        Qwen2VLImageProcessorPil().save_pretrained(partial)
