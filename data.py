@@ -285,7 +285,7 @@ BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"] 
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
 
 
-def write_sample_world(folder: Path, seed: int = 0, users: int = 2000, per_cell: int = 10) -> None:
+def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8) -> None:
     """Write a synthetic domain in which each modality is clear about one thing and vague about another.
 
     An item has one of 8 categories and one of 8 styles; each of the 64 cells holds `per_cell` items, whose popularity
@@ -293,7 +293,7 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 2000, per_cell:
     style's in 70 % of the items and a random one in the rest. The picture shows one shape of one colour. The hue always
     shows the style; the shape is the category's in 70 % and a random one in the rest; place, size and shade vary.
 
-    A user starts in a random cell and takes 5 to 14 steps. At each step the category stays (50 %), moves on to the next
+    A user starts in a random cell and takes 5 to 10 steps. At each step the category stays (50 %), moves on to the next
     one (35 %) or is drawn anew (15 %); independently, the style stays (60 %), moves on (25 %) or is drawn anew (15 %).
     In the new cell the user takes an item not taken before, by popularity. Between two steps pass 0 days (20 %) or 1 to
     9; timestamps are whole days, and the file is in the order of the items, as Amazon's is.
@@ -314,7 +314,7 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 2000, per_cell:
         events = []
         for user in range(users):
             category, style, day, taken = rng.randrange(8), rng.randrange(8), 16000 + rng.randrange(365), set()
-            for _ in range(rng.randint(5, 14)):
+            for _ in range(rng.randint(5, 10)):
                 category, style = move(category, 0.5, 0.35), move(style, 0.6, 0.25)
                 if free := [item for item in cells[category, style] if item not in taken]:
                     day += rng.randint(1, 9) if rng.random() < 0.8 else 0
@@ -354,7 +354,7 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def write_tiny_model(folder: Path) -> None:
-    """Write a Qwen2.5-VL of half a million random parameters with a byte-level tokenizer, as `save_pretrained` does."""
+    """Write a Qwen2.5-VL of a quarter of a million random parameters with a byte-level tokenizer, as `save_pretrained` does."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
@@ -368,10 +368,10 @@ def write_tiny_model(folder: Path) -> None:
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token=marks[0], eos_token=marks[1],
                                         additional_special_tokens=marks[2:])
-    text = dict(vocab_size=len(symbols), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=6,
+    text = dict(vocab_size=len(symbols), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=None, eos_token_id=ids[marks[1]],
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
-    vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=96, fullatt_block_indexes=[1])
+    vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64, fullatt_block_indexes=[1])
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
                               video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
                               vision_end_token_id=ids["<|vision_end|>"])

@@ -1,0 +1,784 @@
+# SPDX-License-Identifier: MIT
+"""VLM2Rec in one file: a vision-language model becomes an embedder for sequential recommendation (arXiv 2603.17450).
+
+A user's history is encoded twice, as titles and as pictures, and so is every item; the last token's state is the
+embedding, and the two modalities are added. Fine-tuning that sum on clicks alone lets one modality collapse. VLM2Rec
+weighs the negatives more for users with one weak modality, and keeps the neighbourhoods of both modalities alike.
+
+    python vlm2rec.py --domain sample        # CPU, no download, about two minutes
+    python vlm2rec.py --domain toys          # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
+    python vlm2rec.py --help
+
+The first command ends with
+@EXPECTED@
+
+Glossary, code -> paper:
+    z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"], z["fused"] their modalities
+    sim           s(z_u, e_j), cosine similarity of the users and the targets of a batch; the diagonal is the positive
+    negatives     N_u as a mask: which of the batch's targets are negatives for which user
+    gap, weight   Delta_u,gap, w_u,pen
+    tau           tau and tau_WPCL;  tau_crtr: tau_CRTR;  lam: lambda
+    B, L, D       users in a batch, tokens in a prompt, width of an embedding
+    N, C, P       items, candidates in a ranking (101), tokens of a picture
+
+Where we differ: means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B; alpha and beta positive
+through softplus. What the paper leaves open is marked at its line and listed in the README.
+"""
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Iterator, NamedTuple
+
+import peft
+import PIL
+import safetensors.torch
+import torch
+import transformers
+from tqdm import tqdm
+
+import data
+from data import Domain, InputError
+
+LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
+TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
+EMBED_TOKENS = 16_384  # tokens in a batch when embedding without gradients
+
+bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings (Section 5.1.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Method(NamedTuple):
+    """What `--method` chooses."""
+    modalities: tuple[str, ...]
+    contrast: str = ""      # "wpcl" (Eq. 10), "infonce" (Eq. 3) or "" for no training
+    topology: bool = False  # with lam * CRTR (Eq. 13)?
+
+
+METHODS = {
+    "vlm2rec": Method(("text", "vision"), "wpcl", topology=True),
+    "sft": Method(("text", "vision"), "infonce"),
+    "vanilla": Method(("text", "vision")),
+    "text": Method(("text",), "infonce"),
+    "vision": Method(("vision",), "infonce"),
+}
+
+DEFAULTS = {  # what the choice of a domain or a model brings along; a flag on the command line wins
+    "sample": {"model": "tiny"},
+    "tiny": {"lr": 1e-3, "image_size": 56},
+}
+
+
+def option(default, help: str, **kwargs):
+    """A field of Config with its line in --help."""
+    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
+    domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
+    method: str = option("vlm2rec", "what to train: vanilla is the model as it is, sft uses Eq. 3", choices=list(METHODS))
+    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights, for a CPU")
+    revision: str = option("main", "branch, tag or commit of a model on the hub")
+    seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
+    data_dir: str = option("domains", "where the domains lie")
+    out: str = option("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
+    device: str = option("auto", "auto takes CUDA if there is one", choices=["auto", "cuda", "cpu"])
+    epochs: int = option(3, "passes over the users; the best on validation N@10 is kept")
+    batch: int = option(8, "users in a step (B); each one's target is a negative for the others")
+    history: int = option(10, "latest items of a user in the prompt")
+    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper")
+    lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant")
+    penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them; not in the paper")
+    tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
+    tau_crtr: float = option(0.1, "temperature of the topology loss; paper: .001, .01, .1 or 1")
+    lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1")
+    lora_rank: int = option(16, "LoRA's rank")
+    lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank")
+    lora_dropout: float = option(0.2, "dropout in front of LoRA")
+    checkpointing: str = option("on", "gradient checkpointing; off is faster and takes more memory", choices=["on", "off"])
+    log_every: int = option(50, "steps between two lines of the log")
+
+    def __post_init__(self):
+        for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1).items():
+            if getattr(self, name) < least:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; it has to be at least {least}")
+        if self.image_size < 28 or self.image_size % 28:
+            raise InputError(f"--image-size {self.image_size} does not fit the model's tokens; take a multiple of 28 such as 168")
+        if not (self.tau > 0 and self.tau_crtr > 0 and self.lr > 0 and self.penalty_lr >= 0 and 0 <= self.lora_dropout < 1):
+            raise InputError("--tau, --tau-crtr and --lr have to be positive, --penalty-lr at least 0, --lora-dropout in [0, 1)")
+
+
+def parse_config(argv: list[str] | None = None) -> Config:
+    """The command line as a Config. Precedence: a flag, then DEFAULTS of the model, of the domain, then Config's."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    types = {"str": str, "int": int, "float": float}
+    for field in dataclasses.fields(Config):
+        help = f"{field.metadata['help']} (default: {field.default})"
+        parser.add_argument("--" + field.name.replace("_", "-"), type=types[field.type], help=help.replace("%", "%%"),
+                            choices=field.metadata.get("choices"), metavar=None if "choices" in field.metadata else field.type)
+    parser.epilog = "Other defaults: " + "; ".join(
+        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in row.items()) for name, row in DEFAULTS.items())
+    given = vars(parser.parse_args(argv))
+    given = DEFAULTS.get(given.get("domain", Config.domain), {}) | given
+    return Config(**DEFAULTS.get(given.get("model"), {}) | given)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompts (Section 2.2.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Prompt(NamedTuple):
+    """Token ids, and the items whose pictures fill the placeholders among them, in order."""
+    ids: list[int]
+    pictures: list[int]
+
+
+class PromptBuilder:
+    """Builds P_T and P_V: the titles or the pictures in order, a newline between two, one closing token.
+
+    An item's prompt is the same with one entry. The formula of the template is missing from the text of the paper that
+    we have; this is the least that "minimal prompt construction" can mean. Every title is tokenised once.
+    """
+
+    def __init__(self, tokenizer, titles: list[str], picture_tokens: int):
+        token = tokenizer.convert_tokens_to_ids
+        encode = functools.partial(tokenizer, add_special_tokens=False)
+        self.titles = encode(titles, truncation=True, max_length=TITLE_TOKENS).input_ids
+        self.picture = [token("<|vision_start|>"), *[token("<|image_pad|>")] * picture_tokens, token("<|vision_end|>")]
+        self.newline = encode("\n").input_ids
+        self.closing = [tokenizer.eos_token_id]
+
+    def __call__(self, items: list[int], modality: str) -> Prompt:
+        """The prompt of `items` (a history, or a list of one item) in the modality "text" or "vision"."""
+        entries = [self.titles[item] if modality == "text" else self.picture for item in items]
+        ids = list(entries[0])
+        for entry in entries[1:]:
+            ids += self.newline + entry
+        return Prompt(ids + self.closing, list(items) if modality == "vision" else [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Encoder (Sections 2.2.2, 2.3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
+    """(vlm without lm_head, tokenizer, image processor) of a Qwen2.5-VL; bfloat16 on CUDA, float32 on a CPU.
+
+    Raises InputError if there is no such model or it is of another family.
+    """
+    where = dict(revision=revision, trust_remote_code=False)
+    try:
+        family = transformers.AutoConfig.from_pretrained(model, **where).model_type
+        if family != "qwen2_5_vl":
+            raise InputError(f"--model {model} is of the family {family}; take a Qwen2.5-VL, such as {Config.model}")
+        vlm = transformers.AutoModel.from_pretrained(
+            model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
+        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **where)  # needs no torchvision
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model {model} cannot be loaded: {' '.join(str(error).split())[:300]}; "
+                         "give a folder written by save_pretrained, a name on the hub, or tiny") from None
+    return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
+
+
+@torch.no_grad()
+def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> Iterator[torch.Tensor]:
+    """Yield the vision tower's features of the pictures, batch by batch, each (n, P, D); P = (image_size / 28)^2."""
+    for start in bar(range(0, len(paths), batch), "encode pictures"):
+        pictures = [data.load_picture(path).resize((image_size, image_size)) for path in paths[start:start + batch]]
+        pixels = processor(images=pictures, do_resize=False, return_tensors="pt").to(vlm.device)
+        features = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
+        yield torch.stack(list(features)).cpu()
+
+
+def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: int) -> torch.Tensor:
+    """The features of all pictures of a domain, (N, P, D), mapped from `folder`/features-<key>.safetensors.
+
+    The vision tower is frozen, so they are computed once, for every method and seed. The key covers the tower's weights,
+    the processor, the size and the domain's content; an interrupted file is never mistaken for a whole one.
+    """
+    key = hashlib.blake2b(f"{domain.digest} {image_size} {processor.to_json_string()} {vlm.dtype}".encode(), digest_size=8)
+    for weight in vlm.visual.state_dict().values():
+        key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    path = folder / f"features-{key.hexdigest()}.safetensors"
+    if not path.exists():
+        shape = [len(domain.item_ids), (image_size // 28) ** 2, vlm.config.text_config.hidden_size]
+        size = math.prod(shape) * vlm.dtype.itemsize
+        name = {torch.bfloat16: "BF16", torch.float32: "F32"}[vlm.dtype]
+        header = json.dumps({"features": {"dtype": name, "shape": shape, "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path.with_suffix(".partial"), "wb") as file:  # batch by batch: all of them need not fit into memory
+            file.write(len(header).to_bytes(8, "little") + header)
+            for features in encode_pictures(vlm, processor, domain.pictures, image_size):
+                file.write(features.contiguous().view(torch.uint8).numpy().tobytes())
+        os.replace(path.with_suffix(".partial"), path)
+    return safetensors.torch.load_file(path)["features"]
+
+
+class Encoder:
+    """Phi of Eq. 1: prompts in, the last token's state out.
+
+    Args:
+        vlm: a Qwen2_5_VLModel; adapters may be put into it before or after.
+        tokenizer: the model's.
+        titles: of the N items.
+        features: (N, P, D) of the N pictures; the vision tower itself is not used.
+    """
+
+    def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
+        self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
+        self.prompt = PromptBuilder(tokenizer, titles, features.shape[1])
+        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])
+        self.grid = torch.tensor([[1, side, side]])  # time, height and width of a picture, in patches
+        self.tokens = 0                              # encoded so far, for the log
+
+    def __call__(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Embeddings (B, D), float32, of B prompts of any modality (Eq. 1)."""
+        lm, device = self.vlm.language_model, self.device
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True)  # (B, L)
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)                            # (B,)
+        shown = [item for prompt in prompts for item in prompt.pictures]
+        self.tokens += sum(len(prompt.ids) for prompt in prompts)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            states, positions = lm.embed_tokens(ids.to(device)), None                                              # (B, L, D)
+            if shown:  # the pictures' features take the placeholders; their tokens have positions in time, height, width
+                is_picture = ids == self.vlm.config.image_token_id
+                states = states.masked_scatter(is_picture[..., None].to(device), self.features[shown].to(device))
+                positions = self.vlm.get_rope_index(ids, is_picture.int(), self.grid.expand(len(shown), 3))[0].to(device)
+            # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
+            states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+        return states[torch.arange(len(last), device=device), last].float()                                        # (B, D)
+
+    @torch.no_grad()
+    def embed(self, histories: list[list[int]], modality: str) -> torch.Tensor:
+        """Embeddings (n, D) on the CPU of any number of histories (a single item: a list of one), without dropout."""
+        self.vlm.eval()
+        prompts = [self.prompt(items, modality) for items in histories]
+        out = torch.empty(len(prompts), self.vlm.config.text_config.hidden_size)
+        with bar(total=len(prompts), desc=f"embed {modality}") as progress:
+            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], EMBED_TOKENS):
+                out[rows] = self([prompts[row] for row in rows]).cpu()
+                progress.update(len(rows))
+        return out
+
+    def embed_fused(self, histories: list[list[int]], modalities: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Each modality's embeddings (n, D) and, as "fused", their sum (Eq. 2)."""
+        return fuse({modality: self.embed(histories, modality) for modality in modalities})
+
+
+def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
+    """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens."""
+    rows = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) + 1) * lengths[row] > budget:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
+    return {**parts, "fused": sum(parts.values())}
+
+
+def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main", device: str = "cpu"):
+    """An Encoder for the items of a domain; their pictures' features are kept in the folder `cache`."""
+    vlm, tokenizer, processor = load_vlm(model, revision, device)
+    features = cached_features(Path(cache), vlm, processor, domain, image_size)
+    vlm.visual.to("meta")  # not needed again: its memory is free
+    return Encoder(vlm, tokenizer, domain.titles, features)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses (Sections 2.4, 4.2): pure functions of tensors that need nothing but torch
+# ----------------------------------------------------------------------------------------------------------------------
+
+def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """s(z, e): cosine similarity of every row of z (n, D) with every row of e (m, D): (n, m), at least float32."""
+    z, e = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, e))
+    return torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(e, dim=-1).T
+
+
+def in_batch_negatives(targets: torch.Tensor, bought: torch.Tensor) -> torch.Tensor:
+    """N_u: which of the batch's targets are negatives for which user.
+
+    The paper does not say. We leave out items that the user did buy: an equal target, or one bought before it.
+
+    Args:
+        targets: (B,) each user's target item.
+        bought: (B, H) the items that each user bought before the target, padded with -1.
+    Returns:
+        (B, B) bool; the diagonal is False.
+    """
+    known = torch.cat([targets[:, None], bought], dim=1)                  # (B, 1 + H)
+    return ~(known[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
+
+
+def info_nce(sim: torch.Tensor, negatives: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_SFT (Eq. 3), as a mean over the batch.
+
+    Args:
+        sim: (B, B) s(z_u, e_j); the diagonal holds the positives.
+        negatives: (B, B) bool, N_u; a user without any adds 0.
+        tau: temperature.
+    """
+    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    logits = (sim / tau).masked_fill(~(positive | negatives), -torch.inf)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def discriminative_margin(sim: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
+    """M_u,m (Eq. 6): how far a modality sets a user's target above the mean of the negatives.
+
+    Args:
+        sim: (B, B) s(z_u^m, e_j^m) of one modality; the diagonal holds the positives.
+        negatives: (B, B) bool, N_u.
+    Returns:
+        (B,); 0 for a user without a negative.
+    """
+    count = negatives.sum(dim=1)
+    mean = (sim * negatives).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, sim.diagonal() - mean, 0.0)
+
+
+def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor) -> torch.Tensor:
+    """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8). Both margins and the gap are (B,); the gap is at least 0.
+
+    The stop-gradient leaves one way to close the gap: raise the weak modality, not lower the strong one.
+    """
+    strong = torch.maximum(margin_text, margin_vision)
+    weak = torch.minimum(margin_text, margin_vision)
+    return strong.detach() - weak
+
+
+def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,) from a gap (B,) and positive scalars alpha and beta."""
+    return 1 + beta * torch.nn.functional.softplus(alpha * gap)
+
+
+def wpcl(sim: torch.Tensor, negatives: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_WPCL (Eq. 10), as a mean over the batch: InfoNCE whose negatives count w_u,pen times.
+
+    Args:
+        sim: (B, B) s(z_u, e_j) of the fused embeddings; the diagonal holds the positives.
+        negatives: (B, B) bool, N_u; a user without any adds 0.
+        weight: (B,) w_u,pen, positive.
+        tau: temperature.
+    """
+    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    logits = sim / tau + torch.where(positive, 0.0, weight.log()[:, None])  # w * exp(x) = exp(x + log w)
+    logits = logits.masked_fill(~(positive | negatives), -torch.inf)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_CRTR (Eqs. 11-13): both modalities should rank the batch's targets alike for each user.
+
+    Args:
+        sim_text, sim_vision: (B, B) s(z_i^m, e_j^m).
+        tau: temperature.
+    Returns:
+        The mean over the batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2.
+    """
+    log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
+    log_p_vision = (sim_vision / tau).log_softmax(dim=1)
+    kl = torch.nn.functional.kl_div                       # kl(log q, log p) is KL(p || q)
+    return (kl(log_p_vision, log_p_text, reduction="batchmean", log_target=True)
+            + kl(log_p_text, log_p_vision, reduction="batchmean", log_target=True)) / 2
+
+
+def objective(method: Method, z: dict, e: dict, negatives: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
+              tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it.
+
+    Args:
+        z, e: {"text", "vision", "fused"}: (B, D), the users' histories and their targets.
+        negatives: (B, B) bool.
+    Returns:
+        The loss and, for the log, its terms.
+    """
+    sim = {space: cosine(z[space], e[space]) for space in z}
+    terms = {}
+    if method.contrast == "wpcl":
+        gap = modality_gap(*(discriminative_margin(sim[modality], negatives) for modality in ("text", "vision")))
+        weight = penalty_weight(gap, alpha, beta)
+        terms |= {"wpcl": wpcl(sim["fused"], negatives, weight, tau), "gap": gap.mean(), "weight": weight.mean()}
+    else:
+        terms["infonce"] = info_nce(sim["fused"], negatives, tau)
+    loss = terms[method.contrast]
+    if method.topology:
+        terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
+        loss = loss + lam * terms["crtr"]
+    return loss, {"loss": loss, **terms}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation (Section 5.1.3): leave-one-out, 100 negatives
+# ----------------------------------------------------------------------------------------------------------------------
+
+def target_rank(target: torch.Tensor, others: torch.Tensor, competes: torch.Tensor | None = None) -> torch.Tensor:
+    """The target's rank among others, 1 is best; a tie counts half, so that a constant score is a middling one.
+
+    Args:
+        target: (U,) scores of the targets, float32.
+        others: (U, C) scores of the other candidates.
+        competes: (U, C) bool, which of the others count; all, if None.
+    Returns:
+        (U,) ranks. Raises ValueError if a score is not finite.
+    """
+    if not (target.isfinite().all() and others.isfinite().all()):
+        raise ValueError("a score is not finite; the model has diverged: lower the learning rate")
+    better, tied = others > target[:, None], others == target[:, None]
+    if competes is not None:
+        better, tied = better & competes, tied & competes
+    return 1 + better.sum(dim=1) + tied.sum(dim=1) / 2
+
+
+def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
+    """H@k and N@k for k = 10, 20 from ranks (U,), 1 is best; None if there are no users. With one target, the ideal DCG
+    is 1, so NDCG is the gain 1 / log2(1 + rank) of the target if it is among the first k."""
+    table = {}
+    for k in (10, 20):
+        hit = (ranks <= k).double()
+        table[f"H@{k}"] = hit.mean().item() if len(ranks) else None
+        table[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item() if len(ranks) else None
+    return table
+
+
+def rank_users(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor, bought: list[list[int]],
+               chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank each user's target by cosine similarity, against the negatives and against the whole catalogue.
+
+    Args:
+        z, e: (U, D) users, (N, D) items.
+        targets: U items; negatives: (U, 100) items.
+        bought: per user the whole sequence; it does not compete in the full ranking.
+    Returns:
+        (U,) ranks against the negatives, (U,) ranks against all items that the user did not buy.
+    """
+    ranks, full = [], []
+    for start in range(0, len(z), chunk):
+        part = slice(start, start + chunk)
+        scores = cosine(z[part], e)                                                            # (chunk, N)
+        target = scores.gather(1, torch.tensor(targets[part])[:, None]).squeeze(1)
+        ranks.append(target_rank(target, scores.gather(1, negatives[part])))
+        competes = torch.ones_like(scores, dtype=torch.bool)
+        rows = [row for row, items in enumerate(bought[part]) for _ in items]
+        competes[rows, [item for items in bought[part] for item in items]] = False
+        full.append(target_rank(target, scores, competes))
+    return torch.cat(ranks), torch.cat(full)
+
+
+class Evaluation(NamedTuple):
+    """Histories, targets and candidates of a split: the same for every method with the same seed."""
+    users: list[int]
+    histories: list[list[int]]
+    targets: list[int]
+    negatives: torch.Tensor    # (U, 100)
+    bought: list[list[int]]    # whole sequences
+
+
+def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evaluation:
+    """All users for "test", at most 2,000 for "valid"."""
+    everyone = range(len(domain.user_ids))
+    users = data.validation_users(len(everyone), seed) if split == "valid" else list(everyone)
+    bought = [domain.sequences[user] for user in users]
+    histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in bought))
+    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed) for user in users]
+    return Evaluation(users, list(histories), list(targets), torch.tensor(negatives), bought)
+
+
+def evaluate(encoder: Encoder, modalities: tuple[str, ...], items: dict, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ranks of the targets of a split (see rank_users), given the item embeddings of `Encoder.embed_fused`."""
+    z = encoder.embed_fused(evaluation.histories, modalities)
+    return rank_users(z["fused"], items["fused"], evaluation.targets, evaluation.negatives, evaluation.bought)
+
+
+def chance(candidates: int = 1 + data.NEGATIVES) -> dict[str, float]:
+    """What a random order of the candidates scores on average."""
+    return hits_and_ndcg(torch.arange(1, candidates + 1))
+
+
+def popularity(domain: Domain, evaluation: Evaluation) -> dict[str, float]:
+    """What it scores to rank by the number of interactions before the validation target."""
+    count = torch.zeros(len(domain.item_ids))
+    for sequence in domain.sequences:
+        count[sequence[:-2]] += 1
+    return hits_and_ndcg(target_rank(count[evaluation.targets], count[evaluation.negatives]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training (Sections 4.2.3, 5.1.1)
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Penalty(torch.nn.Module):
+    """The learnable alpha and beta of Eq. 9. Every gradient step lowers both (README, "Open questions"), so they stay
+    positive through softplus; they start at 1, which the paper does not say."""
+
+    def __init__(self):
+        super().__init__()
+        self.raw = torch.nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, beta = torch.nn.functional.softplus(self.raw)
+        return alpha, beta
+
+
+def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
+    """Put LoRA into the language layers; the vision tower stays as it is. The encoder uses the adapter from now on."""
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
+    adapted = peft.get_peft_model(encoder.vlm, config)
+    if checkpointing:
+        encoder.vlm.language_model.activation_checkpointing_enable()
+    return adapted
+
+
+def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The users of an epoch in random order, B at a time; the last, incomplete batch is dropped."""
+    order = torch.randperm(users, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+    return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
+
+
+def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list, batches: list, log,
+                tau: float, tau_crtr: float, lam: float) -> None:
+    """One pass over the batches. `samples` holds (history, target, everything bought before) per user."""
+    encoder.vlm.train()
+    for users in batches:
+        histories, targets, bought = zip(*(samples[user] for user in users))
+        z = {modality: encoder([encoder.prompt(history, modality) for history in histories]) for modality in method.modalities}
+        e = encoder([encoder.prompt([item], modality) for modality in method.modalities for item in targets])
+        z, e = fuse(z), fuse(dict(zip(method.modalities, e.split(len(users)))))
+        before = torch.nn.utils.rnn.pad_sequence([torch.tensor(items) for items in bought], batch_first=True, padding_value=-1)
+        negatives = in_batch_negatives(torch.tensor(targets), before).to(encoder.device)
+        alpha, beta = penalty()
+
+        loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if "vision" in z and "text" in z:
+            terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
+        log({**terms, "alpha": alpha, "beta": beta} if method.contrast == "wpcl" else terms, len(users), encoder.tokens)
+
+
+class Log:
+    """log.jsonl and the progress bar: a line every `every` steps, with the mean of each term since the last one.
+
+    The values stay on the device until a line is due, so that no step waits for them. Raises FloatingPointError then,
+    with the first bad step, if one of them is not finite.
+    """
+
+    def __init__(self, path: Path, every: int, steps: int):
+        self.path, self.every, self.step, self.pending = path, every, 0, []
+        self.bar = bar(total=steps, desc="train", unit="step")
+
+    def start(self, epoch: int, tokens: int) -> None:
+        """A new epoch; `tokens` is the encoder's count. Time outside of the epochs is not counted."""
+        self.epoch, self.users, self.tokens, self.clock = epoch, 0, tokens, time.perf_counter()
+
+    def __call__(self, terms: dict[str, torch.Tensor], users: int, tokens: int) -> None:
+        """Note a step's terms (scalars) and its number of users."""
+        self.pending.append(torch.stack([value.detach() for value in terms.values()]))
+        self.names, self.step, self.users = list(terms), self.step + 1, self.users + users
+        self.bar.update()
+        if self.step % self.every == 0:
+            self.write(tokens)
+
+    def write(self, tokens: int) -> None:
+        """Write the line for the steps since the last one, if there are any."""
+        if not self.pending:
+            return
+        values = torch.stack(self.pending).cpu()                                      # (steps, terms)
+        if (bad := ~values.isfinite().all(dim=1)).any():
+            at = int(bad.int().argmax())
+            raise FloatingPointError(f"step {self.step - len(values) + at + 1} is the first that is not finite: "
+                                     f"{dict(zip(self.names, values[at].tolist()))}; lower --lr or raise --tau")
+        seconds, device = time.perf_counter() - self.clock, self.pending[0].device.type
+        means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
+        line = {"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(self.users / seconds, 2),
+                "tokens_per_s": round((tokens - self.tokens) / seconds), "peak_gib": round(peak_gib(device), 3)}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
+        self.pending = []
+        self.start(self.epoch, tokens)
+
+
+def peak_gib(device: str) -> float:
+    """The most memory held so far in GiB: on the GPU, or by this process."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
+    """Train as `config` says; leave the epoch with the best validation N@10 in the encoder and return its scores."""
+    method, penalty = METHODS[config.method], Penalty().to(encoder.device).requires_grad_(config.penalty_lr > 0)
+    optimizer = torch.optim.AdamW([{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": config.lr},
+                                   {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
+    samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
+    valid = make_evaluation(domain, "valid", config.history, config.seed)
+    log = Log(folder / "log.jsonl", config.log_every, config.epochs * (len(samples) // config.batch))
+    best, kept = {"N@10": -1.0}, {}
+    for epoch in range(1, config.epochs + 1):
+        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)
+        log.start(epoch, encoder.tokens)
+        train_epoch(encoder, method, penalty, optimizer, samples, batches, log, config.tau, config.tau_crtr, config.lam)
+        log.write(encoder.tokens)
+        ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
+        scores = hits_and_ndcg(ranks)
+        tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
+        if scores["N@10"] > best["N@10"]:
+            best, kept = scores, {name: value.clone() for name, value in peft.get_peft_model_state_dict(adapted).items()}
+    log.bar.close()
+    peft.set_peft_model_state_dict(adapted, kept)
+    return best
+
+
+def embed_items(encoder: Encoder, modalities: tuple[str, ...], domain: Domain) -> dict[str, torch.Tensor]:
+    """The catalogue's embeddings: {"text", "vision", "fused"}: (N, D)."""
+    return encoder.embed_fused([[item] for item in range(len(domain.item_ids))], modalities)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: from a command line to a folder of results
+# ----------------------------------------------------------------------------------------------------------------------
+
+def format_scores(scores: dict[str, float | None]) -> str:
+    """H@10 .1234  N@10 .0678 ..."""
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items())
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write readable JSON."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def settings(config: Config, domain: Domain) -> dict:
+    """config.json: every setting, the versions and digests of data and source."""
+    sources = b"".join(Path(file).read_bytes() for file in (__file__, data.__file__))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+                "peft": peft.__version__, "pillow": PIL.__version__}
+    return {**dataclasses.asdict(config), "versions": versions, "data_digest": domain.digest,
+            "source_digest": hashlib.blake2b(sources, digest_size=16).hexdigest()}
+
+
+def write_results(folder: Path, domain: Domain, test: Evaluation, ranks: torch.Tensor, full: torch.Tensor,
+                  items: dict[str, torch.Tensor], metrics: dict) -> None:
+    """ranks.csv, items.safetensors and metrics.json, as README.md describes them."""
+    rows = zip(test.users, test.targets, ranks.tolist(), full.tolist())
+    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
+                   [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{whole:g}"] for user, item, rank, whole in rows])
+    safetensors.torch.save_file(items, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
+    write_json(folder / "metrics.json", metrics)
+
+
+def print_table(rows: dict[str, dict]) -> None:
+    """The final table, ready to paste into Markdown."""
+    columns = list(chance())
+    print("\n| " + " | ".join(["test", *columns]) + " |\n|" + "---|" * (1 + len(columns)))
+    for name, scores in rows.items():
+        print("| " + " | ".join([name, *("-" if scores[c] is None else f"{scores[c]:.4f}" for c in columns)]) + " |")
+
+
+def run(config: Config) -> Path:
+    """Train and evaluate one method with one seed. Returns the folder of the results, which appears when it is whole."""
+    method = METHODS[config.method]
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    domain = data.read_domain(data.prepare_domain(config.domain, Path(config.data_dir)))
+    model = data.prepare_model(config.model, Path(config.data_dir))
+    out = Path(config.out, domain.name)
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
+          f"seed {config.seed}\n{data.describe(domain)}")
+    if len(domain.user_ids) < config.batch:
+        raise InputError(f"{domain.name} has {len(domain.user_ids)} users, less than one --batch of {config.batch}")
+
+    encoder = build_encoder(domain, model, config.image_size, out, config.revision, device)
+    final = out / f"{config.method}-seed{config.seed}"
+    folder = final.with_name(final.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", settings(config, domain))
+    test = make_evaluation(domain, "test", config.history, config.seed)
+    rows = {"chance": chance(), "popularity": popularity(domain, test)}
+    if method.contrast:
+        torch.manual_seed(config.seed)
+        adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.checkpointing == "on")
+        print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,} of LoRA")
+        best = train(encoder, adapted, domain, config, folder)
+        with adapted.disable_adapter():
+            items = embed_items(encoder, method.modalities, domain)
+            rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    items = embed_items(encoder, method.modalities, domain)
+    if not method.contrast:
+        valid = make_evaluation(domain, "valid", config.history, config.seed)
+        best = hits_and_ndcg(evaluate(encoder, method.modalities, items, valid)[0])
+
+    ranks, full = evaluate(encoder, method.modalities, items, test)
+    untied = ~torch.tensor(domain.tied)
+    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
+    write_results(folder, domain, test, ranks, full, items,
+                  {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
+                   "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": best})
+    replace_folder(folder, final)
+    print_table(rows | {config.method: scores["test"], f"{config.method}, {untied.sum():,} users without a tie": scores["test_untied"],
+                        f"{config.method}, all {len(domain.item_ids):,} items": scores["test_full"]})
+    print(f"\nwrote {final}: " + ", ".join(sorted(path.name for path in final.iterdir())))
+    return final
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the whole folder `new` in the place of `old`, if there is one."""
+    gone = old.with_name(old.name + ".old")
+    shutil.rmtree(gone, ignore_errors=True)
+    if old.exists():
+        os.rename(old, gone)
+    os.rename(new, old)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0, 2 for a mistake that the message tells how to mend, 1 for a run that diverged, 130 for Ctrl-C."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    try:
+        run(parse_config(argv))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
