@@ -148,6 +148,14 @@ def picture_digest(path: Path) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
+def earliest(events: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """A user's (item, time) events, oldest first, without the repetitions of an item."""
+    kept = {}
+    for item, time in events:
+        kept.setdefault(item, (item, time))
+    return list(kept.values())
+
+
 def core(users: dict[str, list], k: int = CORE) -> dict[str, list]:
     """Drop users and items with fewer than k interactions until none is left (k-core, at its fixed point)."""
     while True:
@@ -173,7 +181,7 @@ def read_domain(folder: str | Path, name: str = "") -> Domain:
         digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, delay=1)))
     usable = {item for item, digest in digests.items() if digest}
     shown = {user: [event for event in row if event[0] in usable] for user, row in events.items()}
-    first = {user: list({item: (item, time) for item, time in reversed(row)}.values())[::-1] for user, row in shown.items()}
+    first = {user: earliest(row) for user, row in shown.items()}
     users = core(first)
     size = lambda table: sum(map(len, table.values()))
     dropped = {"items without a title": len(items) - len(titled), "items without a decodable picture": len(titled) - len(usable),

@@ -27,10 +27,12 @@ through softplus. What the paper leaves open is marked at its line and listed in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -443,10 +445,10 @@ def target_rank(target: torch.Tensor, others: torch.Tensor, competes: torch.Tens
         others: (U, C) scores of the other candidates.
         competes: (U, C) bool, which of the others count; all, if None.
     Returns:
-        (U,) ranks. Raises ValueError if a score is not finite.
+        (U,) ranks. Raises FloatingPointError if a score is not finite: NaN must not pass for a hit.
     """
     if not (target.isfinite().all() and others.isfinite().all()):
-        raise ValueError("a score is not finite; the model has diverged: lower the learning rate")
+        raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
     better, tied = others > target[:, None], others == target[:, None]
     if competes is not None:
         better, tied = better & competes, tied & competes
@@ -702,76 +704,81 @@ def print_table(rows: dict[str, dict]) -> None:
         print("| " + " | ".join([name, *("-" if scores[c] is None else f"{scores[c]:.4f}" for c in columns)]) + " |")
 
 
-def run(config: Config) -> Path:
-    """Train and evaluate one method with one seed. Returns the folder of the results, which appears when it is whole."""
-    method = METHODS[config.method]
+def set_up(config: Config) -> tuple[Domain, Encoder]:
+    """The domain and the encoder that `config` asks for, made or loaded; says what they are."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     domain = data.read_domain(data.prepare_domain(config.domain, Path(config.data_dir)))
-    model = data.prepare_model(config.model, Path(config.data_dir))
-    out = Path(config.out, domain.name)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
           f"seed {config.seed}\n{data.describe(domain)}")
     if len(domain.user_ids) < config.batch:
         raise InputError(f"{domain.name} has {len(domain.user_ids)} users, less than one --batch of {config.batch}")
+    model = data.prepare_model(config.model, Path(config.data_dir))
+    return domain, build_encoder(domain, model, config.image_size, Path(config.out, domain.name), config.revision, device)
 
-    encoder = build_encoder(domain, model, config.image_size, out, config.revision, device)
-    final = out / f"{config.method}-seed{config.seed}"
-    folder = final.with_name(final.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(folder / "config.json", settings(config, domain))
+
+def run(config: Config) -> None:
+    """Train and evaluate one method with one seed. The folder of the results appears when it is whole."""
+    domain, encoder = set_up(config)
+    method, untied = METHODS[config.method], ~torch.tensor(domain.tied)
     test = make_evaluation(domain, "test", config.history, config.seed)
     rows = {"chance": chance(), "popularity": popularity(domain, test)}
-    if method.contrast:
-        torch.manual_seed(config.seed)
-        adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.checkpointing == "on")
-        print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,} of LoRA")
-        best = train(encoder, adapted, domain, config, folder)
-        with adapted.disable_adapter():
-            items = embed_items(encoder, method.modalities, domain)
-            rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
-        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-    items = embed_items(encoder, method.modalities, domain)
-    if not method.contrast:
-        valid = make_evaluation(domain, "valid", config.history, config.seed)
-        best = hits_and_ndcg(evaluate(encoder, method.modalities, items, valid)[0])
+    final = Path(config.out, domain.name, f"{config.method}-seed{config.seed}")
+    with results_folder(final) as folder:
+        write_json(folder / "config.json", settings(config, domain))
+        if method.contrast:
+            torch.manual_seed(config.seed)
+            adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.checkpointing == "on")
+            print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,} of LoRA")
+            valid = train(encoder, adapted, domain, config, folder)
+            adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+            with adapted.disable_adapter():
+                items = embed_items(encoder, method.modalities, domain)
+                rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
+        items = embed_items(encoder, method.modalities, domain)
+        if not method.contrast:
+            untrained = make_evaluation(domain, "valid", config.history, config.seed)
+            valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
 
-    ranks, full = evaluate(encoder, method.modalities, items, test)
-    untied = ~torch.tensor(domain.tied)
-    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
-    write_results(folder, domain, test, ranks, full, items,
-                  {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
-                   "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": best})
-    replace_folder(folder, final)
-    print_table(rows | {config.method: scores["test"], f"{config.method}, {untied.sum():,} users without a tie": scores["test_untied"],
-                        f"{config.method}, all {len(domain.item_ids):,} items": scores["test_full"]})
+        ranks, full = evaluate(encoder, method.modalities, items, test)
+        scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
+        write_results(folder, domain, test, ranks, full, items,
+                      {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
+                       "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid})
+    rows[config.method] = scores["test"]
+    rows[f"{config.method}, the {int(untied.sum()):,} users without a tie"] = scores["test_untied"]
+    rows[f"{config.method}, against all {len(domain.item_ids):,} items"] = scores["test_full"]
+    print_table(rows)
     print(f"\nwrote {final}: " + ", ".join(sorted(path.name for path in final.iterdir())))
-    return final
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Put the whole folder `new` in the place of `old`, if there is one."""
-    gone = old.with_name(old.name + ".old")
-    shutil.rmtree(gone, ignore_errors=True)
-    if old.exists():
-        os.rename(old, gone)
-    os.rename(new, old)
-    shutil.rmtree(gone, ignore_errors=True)
+@contextlib.contextmanager
+def results_folder(final: Path) -> Iterator[Path]:
+    """A folder beside `final` that takes its place when the block ends well. If not, it stays for its log, and what was
+    in `final` before stays too."""
+    folder, previous = final.with_name(final.name + ".partial"), final.with_name(final.name + ".previous")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    if final.exists():
+        os.rename(final, previous)
+    os.rename(folder, final)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake that the message tells how to mend, 1 for a run that diverged, 130 for Ctrl-C."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     try:
         run(parse_config(argv))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, ValueError) as error:
+    except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

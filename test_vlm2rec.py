@@ -1,0 +1,812 @@
+# SPDX-License-Identifier: MIT
+"""Tests that teach: what each equation and each rule of the protocol means, in plain Python.
+
+    python -m pytest -q test_vlm2rec.py
+
+No network, no GPU; everything is made in temporary folders. The losses come first, then the evaluation, the data, the
+encoder and whole runs.
+"""
+import contextlib
+import csv
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from PIL import Image
+
+import data
+import vlm2rec
+
+HERE = Path(__file__).parent
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations, transcribed: floats, loops and `math`, nothing else
+# ----------------------------------------------------------------------------------------------------------------------
+
+def loop_cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b))
+    return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+
+def loop_sim(z, e):
+    return [[loop_cosine(z[u], e[j]) for j in range(len(e))] for u in range(len(z))]
+
+
+def loop_contrast(z, e, negatives, tau, weight):
+    """Eq. 10; with all weights 1 it is Eq. 3. Mean over the batch."""
+    sim, total = loop_sim(z, e), 0.0
+    for u in range(len(z)):
+        positive = math.exp(sim[u][u] / tau)
+        negative = sum(math.exp(sim[u][j] / tau) for j in range(len(e)) if negatives[u][j])
+        total -= math.log(positive / (positive + weight[u] * negative))
+    return total / len(z)
+
+
+def loop_margin(z, e, negatives):
+    """Eq. 6."""
+    sim, margins = loop_sim(z, e), []
+    for u in range(len(z)):
+        others = [sim[u][j] for j in range(len(e)) if negatives[u][j]]
+        margins.append(sim[u][u] - sum(others) / len(others) if others else 0.0)
+    return margins
+
+
+def loop_weight(z_text, z_vision, e_text, e_vision, negatives, alpha, beta, strong=None):
+    """Eqs. 7-9. `strong` holds sg[M_strong] fixed: that is all a stop-gradient is."""
+    text, vision = loop_margin(z_text, e_text, negatives), loop_margin(z_vision, e_vision, negatives)
+    strong = strong or [max(t, v) for t, v in zip(text, vision)]
+    gaps = [s - min(t, v) for s, t, v in zip(strong, text, vision)]
+    return [1 + beta * math.log(1 + math.exp(alpha * gap)) for gap in gaps]
+
+
+def loop_topology(z_text, z_vision, e_text, e_vision, tau):
+    """Eqs. 11-13."""
+    total = 0.0
+    for row_text, row_vision in zip(loop_sim(z_text, e_text), loop_sim(z_vision, e_vision)):
+        p = [math.exp(s / tau) / sum(math.exp(r / tau) for r in row_text) for s in row_text]
+        q = [math.exp(s / tau) / sum(math.exp(r / tau) for r in row_vision) for s in row_vision]
+        total += sum(a * math.log(a / b) for a, b in zip(p, q)) + sum(b * math.log(b / a) for a, b in zip(p, q))
+    return total / (2 * len(z_text))
+
+
+B, D, TAU, TAU_CRTR, LAM = 5, 4, 0.3, 0.2, 0.5
+
+
+@pytest.fixture
+def batch():
+    """Five users in four dimensions; the last user has no negative. float64, so that 1e-6 tests the formula."""
+    generator = torch.Generator().manual_seed(7)
+    names = ("z_text", "z_vision", "e_text", "e_vision")
+    tensors = {name: torch.randn(B, D, generator=generator, dtype=torch.float64) for name in names}
+    tensors |= {"alpha": torch.tensor(1.3, dtype=torch.float64), "beta": torch.tensor(0.7, dtype=torch.float64)}
+    negatives = (torch.rand(B, B, generator=generator) < 0.7) & ~torch.eye(B, dtype=torch.bool)
+    negatives[-1] = False
+    assert negatives[:-1].any(dim=1).all()
+    return {name: tensor.requires_grad_() for name, tensor in tensors.items()}, negatives
+
+
+def add(a, b):
+    return [[x + y for x, y in zip(p, q)] for p, q in zip(a, b)]
+
+
+def loop_loss(name, t, negatives, strong):
+    """One of the losses by name, from a dict of nested lists."""
+    z, e, space = add(t["z_text"], t["z_vision"]), add(t["e_text"], t["e_vision"]), (t["z_text"], t["z_vision"], t["e_text"], t["e_vision"])
+    weight = loop_weight(*space, negatives, t["alpha"], t["beta"], strong)
+    return {"infonce": lambda: loop_contrast(z, e, negatives, TAU, [1.0] * B),
+            "wpcl": lambda: loop_contrast(z, e, negatives, TAU, weight),
+            "crtr": lambda: loop_topology(*space, TAU_CRTR),
+            "total": lambda: loop_contrast(z, e, negatives, TAU, weight) + LAM * loop_topology(*space, TAU_CRTR)}[name]()
+
+
+def fast_loss(name, t, negatives):
+    """The same through vlm2rec."""
+    method = {"infonce": "sft", "wpcl": "vlm2rec", "crtr": "vlm2rec", "total": "vlm2rec"}[name]
+    z = vlm2rec.fuse({"text": t["z_text"], "vision": t["z_vision"]})
+    e = vlm2rec.fuse({"text": t["e_text"], "vision": t["e_vision"]})
+    loss, terms = vlm2rec.objective(vlm2rec.METHODS[method], z, e, negatives, t["alpha"], t["beta"], TAU, TAU_CRTR, LAM)
+    return loss if name == "total" else terms[name]
+
+
+@pytest.mark.parametrize("name", ["infonce", "wpcl", "crtr", "total"])
+def test_losses_and_gradients_equal_the_loops(batch, name):
+    """Eqs. 3, 10, 13, 14: value, and gradient by central differences of the loops, with the strong margin held fixed."""
+    tensors, negatives = batch
+    values = {key: tensor.tolist() for key, tensor in tensors.items()}
+    text = loop_margin(values["z_text"], values["e_text"], negatives)
+    vision = loop_margin(values["z_vision"], values["e_vision"], negatives)
+    strong = [max(pair) for pair in zip(text, vision)]
+    assert any(t > v for t, v in zip(text, vision)) and any(t < v for t, v in zip(text, vision))  # each modality is weak once
+    loss = fast_loss(name, tensors, negatives)
+    assert loss.item() == pytest.approx(loop_loss(name, values, negatives, strong), abs=1e-9)
+
+    loss.backward()
+    for key, tensor in tensors.items():
+        gradient = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        for k in range(tensor.numel()):
+            def shifted(step):
+                moved = tensor.detach().clone()
+                moved.view(-1)[k] += step
+                return loop_loss(name, values | {key: moved.tolist()}, negatives, strong)
+            slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+            assert gradient.view(-1)[k].item() == pytest.approx(slope, abs=1e-6), (key, k)
+
+
+def test_cosine_margin_and_weight_equal_the_loops(batch):
+    """Eqs. 6-9 one by one."""
+    tensors, negatives = batch
+    t = {key: tensor.detach() for key, tensor in tensors.items()}
+    values = {key: tensor.tolist() for key, tensor in t.items()}
+    sim = vlm2rec.cosine(t["z_text"], t["e_text"])
+    assert torch.allclose(sim, torch.tensor(loop_sim(values["z_text"], values["e_text"]), dtype=torch.float64))
+    margins = [vlm2rec.discriminative_margin(vlm2rec.cosine(t[f"z_{m}"], t[f"e_{m}"]), negatives) for m in ("text", "vision")]
+    assert margins[0].tolist() == pytest.approx(loop_margin(values["z_text"], values["e_text"], negatives))
+    weight = vlm2rec.penalty_weight(vlm2rec.modality_gap(*margins), t["alpha"], t["beta"])
+    names = ("z_text", "z_vision", "e_text", "e_vision")
+    assert weight.tolist() == pytest.approx(loop_weight(*(values[n] for n in names), negatives, values["alpha"], values["beta"]))
+    assert margins[0][-1] == margins[1][-1] == 0 and weight[-1] == 1 + t["beta"] * math.log(2)  # no negative: margin 0, gap 0
+
+
+def test_without_beta_wpcl_is_infonce(batch):
+    tensors, negatives = batch
+    sim = vlm2rec.cosine(tensors["z_text"], tensors["e_text"])
+    for beta, tolerance in ((1e-3, 1e-2), (1e-9, 1e-8), (0.0, 1e-15)):
+        weight = vlm2rec.penalty_weight(torch.ones(B), tensors["alpha"], torch.tensor(beta))
+        assert vlm2rec.wpcl(sim, negatives, weight, TAU).item() == pytest.approx(vlm2rec.info_nce(sim, negatives, TAU).item(), abs=tolerance)
+
+
+def test_the_gap_pulls_up_the_weak_modality_and_leaves_the_strong_one_alone():
+    """Eq. 8: user 0 has strong text, user 1 strong vision."""
+    text, vision = torch.tensor([0.9, 0.1], requires_grad=True), torch.tensor([0.2, 0.6], requires_grad=True)
+    gap = vlm2rec.modality_gap(text, vision)
+    assert gap.tolist() == pytest.approx([0.7, 0.5])
+    gap.sum().backward()
+    assert text.grad.tolist() == [0, -1] and vision.grad.tolist() == [-1, 0]  # descent on the gap raises the weak margin
+
+
+def test_topology_is_zero_for_equal_geometries_symmetric_and_positive():
+    one, other = torch.rand(2, B, B).unbind()
+    assert vlm2rec.relational_topology(one, one, 0.1).item() == pytest.approx(0, abs=1e-7)
+    assert vlm2rec.relational_topology(one, one + 3, 0.1).item() == pytest.approx(0, abs=1e-5)  # relations, not positions
+    assert vlm2rec.relational_topology(one, other, 0.1) == pytest.approx(vlm2rec.relational_topology(other, one, 0.1))
+    assert vlm2rec.relational_topology(one, other, 0.1) > 0
+    assert vlm2rec.relational_topology(one, other, 0.001).isfinite()  # the smallest temperature of the paper's grid
+
+
+def test_losses_are_float32_for_bfloat16_embeddings():
+    z = torch.randn(B, D).bfloat16()
+    assert vlm2rec.cosine(z, z).dtype == torch.float32
+    assert vlm2rec.cosine(z, z).diagonal().tolist() == pytest.approx([1.0] * B)
+
+
+def test_in_batch_negatives_by_hand():
+    """Users 0 and 1 share target 4. User 2 (target 5) bought 6 before, which is user 3's target."""
+    targets = torch.tensor([4, 4, 5, 6])
+    bought = torch.tensor([[1, 2], [3, -1], [6, 1], [7, 8]])
+    assert vlm2rec.in_batch_negatives(targets, bought).int().tolist() == [
+        [0, 0, 1, 1],   # target 4 again is no negative
+        [0, 0, 1, 1],
+        [1, 1, 0, 0],   # nor is 6, bought before
+        [1, 1, 1, 0]]
+    assert not vlm2rec.in_batch_negatives(torch.tensor([4, 4]), torch.tensor([[1], [2]])).any()
+
+
+def test_users_without_negatives_add_no_loss_and_no_gradient():
+    sim = torch.rand(2, 2, requires_grad=True)
+    nobody = torch.zeros(2, 2, dtype=torch.bool)
+    loss = vlm2rec.info_nce(sim, nobody, 0.1) + vlm2rec.wpcl(sim, nobody, torch.tensor([2.0, 3.0]), 0.1)
+    loss.backward()
+    assert loss.item() == 0 and sim.grad.abs().sum() == 0
+
+
+def test_alpha_and_beta_start_at_1_and_only_ever_fall():
+    """What FACTS proves: any step of gradient descent on WPCL lowers both; softplus keeps them positive."""
+    penalty = vlm2rec.Penalty()
+    optimizer = torch.optim.SGD(penalty.parameters(), lr=0.5)
+    assert [value.item() for value in penalty()] == pytest.approx([1, 1])
+    for step in range(20):
+        before = torch.stack(penalty()).detach()
+        sim = torch.rand(B, B)
+        weight = vlm2rec.penalty_weight(torch.rand(B), *penalty())
+        vlm2rec.wpcl(sim, ~torch.eye(B, dtype=torch.bool), weight, 0.1).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = torch.stack(penalty()).detach()
+        assert (after < before).all() and (after > 0).all()
+
+
+CASES = {  # every function that a reader may want to copy, with arguments
+    "cosine": (torch.rand(3, 4), torch.rand(2, 4)),
+    "in_batch_negatives": (torch.tensor([1, 2]), torch.tensor([[3], [4]])),
+    "info_nce": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), 0.1),
+    "discriminative_margin": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool)),
+    "modality_gap": (torch.rand(3), torch.rand(3)),
+    "penalty_weight": (torch.rand(3), torch.tensor(1.0), torch.tensor(1.0)),
+    "wpcl": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), torch.tensor([1.0, 2.0]), 0.1),
+    "relational_topology": (torch.rand(2, 2), torch.rand(2, 2), 0.1),
+    "target_rank": (torch.rand(3), torch.rand(3, 5)),
+    "hits_and_ndcg": (torch.tensor([1.0, 12.5]),),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_piece_runs_when_pasted_alone_beside_torch(name):
+    function = getattr(vlm2rec, name)
+    namespace = {"torch": torch}
+    exec(compile(inspect.getsource(function), name, "exec", dont_inherit=True), namespace)
+    expected, found = function(*CASES[name]), namespace[name](*CASES[name])
+    assert torch.equal(expected, found) if isinstance(expected, torch.Tensor) else expected == found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The evaluation
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_ranks_by_hand_with_ties_in_the_middle():
+    others = torch.tensor([[0.9, 0.3, 0.1], [0.5, 0.5, 0.1], [0.5, 0.5, 0.5]])
+    assert vlm2rec.target_rank(torch.tensor([0.5, 0.5, 0.5]), others).tolist() == [2, 2, 2.5]
+    competes = torch.tensor([[False, True, True]] * 3)  # the first candidate is out
+    assert vlm2rec.target_rank(torch.tensor([0.5, 0.5, 0.5]), others, competes).tolist() == [1, 1.5, 2]
+
+
+def test_hits_and_ndcg_by_hand():
+    assert vlm2rec.hits_and_ndcg(torch.tensor([2.0])) == pytest.approx({"H@10": 1, "N@10": 0.6309, "H@20": 1, "N@20": 0.6309}, abs=1e-4)
+    # ranks 1, 11, 21: one hit of three at 10, two at 20; 1 / log2(12) = 0.2789
+    expected = {"H@10": 1 / 3, "N@10": 1 / 3, "H@20": 2 / 3, "N@20": (1 + 0.2789) / 3}
+    assert vlm2rec.hits_and_ndcg(torch.tensor([1.0, 11.0, 21.0])) == pytest.approx(expected, abs=1e-4)
+    assert vlm2rec.hits_and_ndcg(torch.tensor([10.5]))["H@10"] == 0
+    assert vlm2rec.hits_and_ndcg(torch.tensor([]))["N@10"] is None
+
+
+def score(kind, users=2000, items=400):
+    """Both rankings of `users` whose embeddings are an oracle's, constant, random or NaN."""
+    generator = torch.Generator().manual_seed(0)
+    e = torch.randn(items, 64, generator=generator)
+    targets = torch.randint(items, (users,), generator=generator).tolist()
+    z = {"oracle": e[targets], "constant": torch.ones(users, 64), "random": torch.randn(users, 64, generator=generator),
+         "nan": torch.full((users, 64), math.nan)}[kind]
+    e = torch.ones_like(e) if kind == "constant" else e
+    negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
+    ranks, full = vlm2rec.rank_users(z, e, targets, negatives, [[t] for t in targets])
+    return vlm2rec.hits_and_ndcg(ranks), vlm2rec.hits_and_ndcg(full)
+
+
+def test_an_oracle_is_perfect_and_a_random_order_is_at_chance():
+    assert all(value == 1 for table in score("oracle") for value in table.values())
+    assert vlm2rec.chance() == pytest.approx({"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}, abs=5e-5)
+    assert score("random")[0] == pytest.approx(vlm2rec.chance(), abs=0.02)  # 3 standard errors at 2,000 users
+
+
+def test_a_constant_scorer_is_no_better_than_chance_and_nan_stops():
+    """A `(others > target).sum()` would put both at the top."""
+    for table in score("constant"):
+        assert all(value <= vlm2rec.chance()[name] for name, value in table.items())
+    with pytest.raises(FloatingPointError, match="not finite"):
+        score("nan")
+
+
+def test_the_full_ranking_leaves_out_the_users_other_items():
+    e = torch.eye(4)
+    z = torch.tensor([[0.9, 0.8, 0.7, 0.1]])       # likes item 0 best, then 1, 2, 3
+    negatives = torch.tensor([[3]])
+    assert vlm2rec.rank_users(z, e, [2], negatives, [[2]])[1].tolist() == [3]
+    assert vlm2rec.rank_users(z, e, [2], negatives, [[0, 2]])[1].tolist() == [2]       # 0 was bought before
+    assert vlm2rec.rank_users(z, e, [2], negatives, [[0, 2]], chunk=1)[0].tolist() == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_leave_one_out_on_a_user_with_five_items():
+    sequence = [10, 11, 12, 13, 14]
+    assert data.leave_one_out(sequence, "train") == ([10, 11], 12)
+    assert data.leave_one_out(sequence, "valid") == ([10, 11, 12], 13)
+    assert data.leave_one_out(sequence, "test") == ([10, 11, 12, 13], 14)
+    assert data.leave_one_out(list(range(20)), "test", 10) == (list(range(9, 19)), 19)
+    assert data.leave_one_out(list(range(20)), "train", 3) == ([14, 15, 16], 17)
+
+
+def test_negatives_are_distinct_new_to_the_user_and_depend_on_seed_split_and_user_alone():
+    sequence = list(range(0, 60, 3))
+    draw = lambda user="u", split="test", seed=0: data.draw_negatives(user, sequence, 130, split, seed)
+    assert len(set(draw())) == len(draw()) == 100 and not set(draw()) & set(sequence) and set(draw()) < set(range(130))
+    assert draw() == draw() and draw() != draw(user="v") != draw(split="valid") != draw(seed=1)
+    counts = torch.bincount(torch.tensor([data.draw_negatives(str(u), [0], 201, "test", 0) for u in range(2000)]).flatten(), minlength=201)
+    assert counts[0] == 0 and (counts[1:] - 1000).abs().max() < 120  # uniform: standard deviation 22
+
+
+def test_five_core_reaches_its_fixed_point():
+    """At k = 2: dropping user c (one item) leaves item z with one user, whose loss leaves user b with one item."""
+    users = {"a": [("x", 1), ("y", 2)], "d": [("x", 1), ("y", 2)], "b": [("x", 1), ("z", 2)], "c": [("z", 1)]}
+    assert data.core(users, 2) == {user: users[user] for user in "ad"}
+    assert data.core({"a": [("x", 1)]}, 2) == {}
+
+
+def write_domain(folder, items=None, interactions=None, pictures=True):
+    """A small domain: 120 items, 60 users with 12 items each, so that every item has 6 users. Rows may be replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    items = items or [[f"i{k}", f"title {k}", f"images/{k}.png"] for k in range(120)]
+    interactions = interactions or [[f"u{u}", f"i{(u * 2 + 5 * k) % 120}", 1000 + k] for u in range(60) for k in range(12)]
+    data.write_csv(folder / "items.csv", ["item_id", "title", "image"], items)
+    data.write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], interactions)
+    (folder / "images").mkdir(exist_ok=True)
+    for k in range(120 if pictures else 0):
+        Image.new("RGB", (30, 30), (k, 255 - k, 2 * k)).save(folder / "images" / f"{k}.png")
+    return folder
+
+
+def rows_of(folder, name):
+    with open(folder / name, encoding="utf-8", newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def test_the_reader_sorts_by_time_keeps_file_order_on_ties_and_the_earliest_of_a_repeat(tmp_path):
+    folder = write_domain(tmp_path / "d")
+    rows = [row for row in rows_of(folder, "interactions.csv") if row[0] != "u0"]
+    mine = [["u0", "i5", 30], ["u0", "i9", 10], ["u0", "i7", 20], ["u0", "i9", 40], ["u0", "i4", 30], ["u0", "i8", 5], ["u0", "i3", 2e1]]
+    domain = data.read_domain(write_domain(folder, interactions=mine + rows))
+    user = domain.user_ids.index("u0")
+    assert [domain.item_ids[item] for item in domain.sequences[user]] == ["i8", "i9", "i7", "i3", "i5", "i4"]
+    assert domain.tied[user] and sum(domain.tied) == 1      # i5 and i4 have one timestamp
+    assert domain.dropped["repeated interactions"] == 1
+
+
+def test_the_reader_drops_and_counts_what_it_cannot_use(tmp_path):
+    folder = write_domain(tmp_path / "d", items=[[f"i{k}", "" if k == 3 else f"title {k}", f"images/{k}.png"] for k in range(120)]
+                          + [["spare", "never bought", "images/0.png"]])
+    content = (folder / "images" / "7.png").read_bytes()
+    (folder / "images" / "7.png").write_bytes(content[:len(content) // 2])   # truncated
+    (folder / "images" / "8.png").unlink()                                   # missing
+    (folder / "images" / "9.png").write_text("<html>404</html>")
+    domain = data.read_domain(folder)
+    assert not {"i3", "i7", "i8", "i9", "spare"} & set(domain.item_ids) and len(domain.item_ids) == 116
+    assert domain.dropped["items without a title"] == 1 and domain.dropped["items without a decodable picture"] == 3
+    assert domain.dropped["interactions with such items"] == 24
+    assert "3 items without a decodable picture" in data.describe(domain)
+
+
+def test_the_format_takes_quotes_bom_crlf_newlines_and_further_columns(tmp_path):
+    folder = write_domain(tmp_path / "d")
+    rows = rows_of(folder, "items.csv")
+    rows[0][1] = 'a "quoted", two-\nline  title'
+    lines = ["\ufeffprice,title,image,item_id\r\n"] + ['1,"{1}",{2},{0}\r\n'.format(r[0], r[1].replace('"', '""'), r[2]) for r in rows]
+    (folder / "items.csv").write_bytes("".join(lines).encode())
+    assert data.read_domain(folder).titles[0] == 'a "quoted", two- line title'
+
+
+def test_images_may_be_a_link_but_no_single_picture_may_lead_out(tmp_path):
+    folder = write_domain(tmp_path / "d")
+    (folder / "images").rename(tmp_path / "elsewhere")
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    assert len(data.read_domain(folder).item_ids) == 120
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (30, 30)).save(outside)
+    (tmp_path / "elsewhere" / "4.png").unlink()
+    (tmp_path / "elsewhere" / "4.png").symlink_to(outside)
+    with pytest.raises(data.InputError, match="line 6.*images/4.png"):
+        data.read_domain(folder)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1"])
+def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("p.jpg" if mode == "CMYK" else "p.png")
+    Image.new("RGB", (40, 20), (255, 255, 255)).convert(mode).save(path)
+    picture = data.load_picture(path)
+    assert picture.mode == "RGB" and picture.size == (40, 20) and min(picture.getpixel((5, 5))) > 250
+
+
+def test_the_sample_world_is_the_same_every_time_and_each_modality_is_clear_about_one_thing(tmp_path):
+    for name in "ab":
+        data.write_sample_world(tmp_path / name, users=300, per_cell=3)
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert len(files) == 2 + 192 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    rows = rows_of(tmp_path / "a", "items.csv")                     # an item_id starts with its category and its style
+    assert all(row[1].split()[1] == data.NOUNS[int(row[0][0])] for row in rows)
+    brand_is_right = sum(row[1].split()[0] == data.BRANDS[int(row[0][1])] for row in rows) / len(rows)
+    assert brand_is_right == pytest.approx(0.7 + 0.3 / 8, abs=0.1)
+    for row in rows:
+        hue = max(Image.open(tmp_path / "a" / row[2]).convert("HSV").getcolors(9999), key=lambda c: (c[1][1] > 99, c[0]))[1][0]
+        assert abs(hue - 256 * int(row[0][1]) / 8) < 4
+
+
+def test_importing_does_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; assert 'torch' not in sys.modules; import vlm2rec; " \
+           "import torch; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True)
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The encoder
+# ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a small sample world and the tiny model, as `python vlm2rec.py` leaves them."""
+    folder = tmp_path_factory.mktemp("home")
+    data.write_sample_world(folder / "domains" / "sample", users=240, per_cell=2)
+    data.prepare_model("tiny", folder / "domains")
+    return folder
+
+
+@pytest.fixture
+def encoder(home):
+    """A fresh encoder of the small world."""
+    domain = data.read_domain(home / "domains" / "sample")
+    return vlm2rec.build_encoder(domain, str(home / "domains" / "tiny-qwen2.5-vl"), 56, home / "cache")
+
+
+def with_lora(encoder, dropout=0.0, checkpointing=False):
+    """LoRA whose B is not zero, so that it matters."""
+    torch.manual_seed(1)
+    adapted = vlm2rec.add_lora(encoder, 4, 8, dropout, checkpointing)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    return adapted
+
+
+def prompts(encoder, histories, modality):
+    return [encoder.prompt(history, modality) for history in histories]
+
+
+HISTORIES = [[3, 8, 5, 20, 31], [7], [9, 1], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59]]
+
+
+def test_prompts_by_hand(encoder, home):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+    domain = data.read_domain(home / "domains" / "sample")
+    assert tokenizer.decode(encoder.prompt([3, 8], "text").ids) == f"{domain.titles[3]}\n{domain.titles[8]}<|im_end|>"
+    assert tokenizer.decode(encoder.prompt([3], "text").ids) == f"{domain.titles[3]}<|im_end|>"
+    shown = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"       # 56 px: 2 x 2 tokens
+    assert tokenizer.decode(encoder.prompt([3, 8], "vision").ids) == f"{shown}\n{shown}<|im_end|>"
+    assert encoder.prompt([3, 8], "vision").pictures == [3, 8] and encoder.prompt([3, 8], "text").pictures == []
+    long = vlm2rec.PromptBuilder(tokenizer, ["x" * 500], 4)
+    assert len(long([0], "text").ids) == vlm2rec.TITLE_TOKENS + 1
+
+
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_the_encoder_equals_the_models_own_forward_pass(encoder, home, modality):
+    """Against the usual recipe: pixels through the vision tower, padding on the left with a mask, the last hidden state."""
+    with_lora(encoder)
+    folder = str(home / "domains" / "tiny-qwen2.5-vl")
+    domain = data.read_domain(home / "domains" / "sample")
+    with torch.no_grad():
+        ours = encoder(prompts(encoder, HISTORIES, modality))
+    whole, _, processor = vlm2rec.load_vlm(folder)                 # this one has its vision tower
+    whole.language_model = encoder.vlm.language_model
+    batch = prompts(encoder, HISTORIES, modality)
+    longest = max(len(prompt.ids) for prompt in batch)
+    ids = torch.tensor([[0] * (longest - len(prompt.ids)) + prompt.ids for prompt in batch])
+    mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+    inputs = {}
+    if modality == "vision":
+        pictures = [Image.open(domain.pictures[item]).resize((56, 56)) for history in HISTORIES for item in history]
+        inputs = dict(processor(images=pictures, do_resize=False, return_tensors="pt"),
+                      mm_token_type_ids=(ids == whole.config.image_token_id).int())
+    with torch.no_grad():
+        theirs = whole(input_ids=ids, attention_mask=mask, use_cache=False, **inputs).last_hidden_state[:, -1]
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("modality", ["text", "vision"])
+def test_padding_batch_size_and_order_change_no_embedding(encoder, modality, monkeypatch):
+    with_lora(encoder)
+    together = encoder.embed(HISTORIES, modality)
+    alone = torch.cat([encoder.embed([history], modality) for history in HISTORIES])
+    monkeypatch.setattr(vlm2rec, "EMBED_TOKENS", 100)
+    backwards = encoder.embed(HISTORIES[::-1], modality).flip(0)
+    both = encoder(prompts(encoder, HISTORIES, "text") + prompts(encoder, HISTORIES, "vision")).detach()
+    mixed = both[:4] if modality == "text" else both[4:]
+    for other in (alone, backwards, mixed):
+        assert (together - other).abs().max() < 1e-5
+
+
+def test_batches_by_length_keep_to_the_budget_and_miss_nothing():
+    lengths = [5, 30, 2, 9, 9, 1, 400]
+    batches = list(vlm2rec.batches_by_length(lengths, 20))
+    assert sorted(sum(batches, [])) == list(range(7))
+    assert all(len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= 20 for rows in batches)
+
+
+def test_order_and_content_change_an_embedding(encoder):
+    with_lora(encoder)
+    for modality in ("text", "vision"):
+        z = encoder.embed([[3, 8, 5], [8, 3, 5], [3, 8, 6]], modality)
+        assert (z[0] - z[1]).abs().max() > 1e-3 and (z[0] - z[2]).abs().max() > 1e-3
+
+
+def test_lora_is_in_every_language_layer_and_nowhere_else(encoder, home):
+    folder = str(home / "domains" / "tiny-qwen2.5-vl")
+    encoder.vlm.visual = vlm2rec.load_vlm(folder)[0].visual       # the tower is there, and has layers of the same names
+    adapted = vlm2rec.add_lora(encoder, 4, 8, 0.0, False)
+    names = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert len(names) == 2 * 7 * encoder.vlm.config.text_config.num_hidden_layers
+    assert all("lora_" in name and "language_model.layers" in name and "visual" not in name for name in names)
+    assert any("gate_proj" in name for name, _ in encoder.vlm.visual.named_parameters())
+
+
+def one_step(encoder, adapted, dropout_seed=5):
+    """Gradients of every LoRA tensor for one batch of the whole objective."""
+    encoder.vlm.train()
+    torch.manual_seed(dropout_seed)
+    z = vlm2rec.fuse({m: encoder(prompts(encoder, HISTORIES, m)) for m in ("text", "vision")})
+    e = vlm2rec.fuse({m: encoder(prompts(encoder, [[2], [4], [6], [10]], m)) for m in ("text", "vision")})
+    one = torch.tensor(1.0)
+    loss, _ = vlm2rec.objective(vlm2rec.METHODS["vlm2rec"], z, e, ~torch.eye(4, dtype=torch.bool), one, one, 0.1, 0.1, 0.5)
+    adapted.zero_grad()
+    loss.backward()
+    return {name: weight.grad for name, weight in adapted.named_parameters() if weight.requires_grad}
+
+
+def test_every_lora_tensor_gets_a_gradient_and_checkpointing_does_not_change_it(encoder):
+    adapted = with_lora(encoder, dropout=0.2)
+    plain = one_step(encoder, adapted)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in plain.values())
+    calls = []
+    encoder.vlm.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    encoder.vlm.language_model.activation_checkpointing_enable()
+    checkpointed = one_step(encoder, adapted)
+    assert len(calls) == 8                                         # four passes, each computed again in backward
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_add_lora_switches_checkpointing_on(encoder):
+    vlm2rec.add_lora(encoder, 4, 8, 0.0, checkpointing=True)
+    assert encoder.vlm.language_model.is_activation_checkpointing
+
+
+def test_features_are_computed_once_and_again_when_the_pictures_change(home, tmp_path, monkeypatch):
+    folder = str(home / "domains" / "tiny-qwen2.5-vl")
+    domain = data.read_domain(home / "domains" / "sample")
+    vlm, _, processor = vlm2rec.load_vlm(folder)
+    features = vlm2rec.cached_features(tmp_path, vlm, processor, domain, 56)
+    direct = torch.cat(list(vlm2rec.encode_pictures(vlm, processor, domain.pictures, 56, batch=5)))
+    assert features.shape == (len(domain.item_ids), 4, 64) and (features - direct).abs().max() < 1e-6
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+    def broken(*args):
+        yield features[:1]
+        raise KeyboardInterrupt
+    monkeypatch.setattr(vlm2rec, "encode_pictures", broken)
+    assert torch.equal(vlm2rec.cached_features(tmp_path, vlm, processor, domain, 56), features)   # nothing is encoded
+    domain.digest = "another content"
+    for _ in range(2):                                              # an interrupted file is not taken for a whole one
+        with pytest.raises(KeyboardInterrupt):
+            vlm2rec.cached_features(tmp_path, vlm, processor, domain, 56)
+
+
+def test_one_batch_can_be_overfitted(encoder):
+    adapted = vlm2rec.add_lora(encoder, 8, 16, 0.0, False)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
+    samples = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(8)]
+    losses = []
+    note = lambda terms, *_: losses.append(terms["loss"].item())
+    vlm2rec.train_epoch(encoder, vlm2rec.METHODS["sft"], vlm2rec.Penalty(), optimizer, samples, [list(range(8))] * 80, note, 0.1, 0.1, 0.5)
+    assert losses[0] > 1.5 and losses[-1] < 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+# ----------------------------------------------------------------------------------------------------------------------
+
+def command(*args):
+    """vlm2rec's main; returns its exit code."""
+    return vlm2rec.main([str(arg) for arg in args])
+
+
+@pytest.fixture(scope="module")
+def finished(home):
+    """The sample run as the README gives it, for one epoch, in the small world."""
+    with contextlib.chdir(home):
+        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10) == 0
+    return home / "runs" / "sample" / "vlm2rec-seed0"
+
+
+def test_a_run_writes_what_the_design_says(finished):
+    assert {path.name for path in finished.iterdir()} == {"adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    assert list(metrics) == ["domain", "method", "seed", "model", "users", "items", "test", "test_full", "test_untied", "valid"]
+    assert (metrics["domain"], metrics["method"], metrics["seed"], metrics["model"]) == ("sample", "vlm2rec", 0, "tiny")
+    rows = rows_of(finished, "ranks.csv")
+    assert len(rows) == metrics["users"]
+    for column, key in ((2, "test"), (3, "test_full")):
+        assert vlm2rec.hits_and_ndcg(torch.tensor([float(row[column]) for row in rows])) == pytest.approx(metrics[key])
+    log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [*range(10, metrics["users"] // 8, 10), metrics["users"] // 8]
+    terms = {"loss", "wpcl", "crtr", "gap", "weight", "alpha", "beta", "norm_ratio", "users_per_s", "tokens_per_s", "peak_gib"}
+    assert all(terms < set(line) and line["loss"] == pytest.approx(line["wpcl"] + 0.5 * line["crtr"], abs=1e-4) for line in log)
+    config = json.loads((finished / "config.json").read_text())
+    assert config["lr"] == 1e-3 and config["lora_rank"] == 16 and {"versions", "data_digest", "source_digest"} < set(config)
+    assert not list(finished.parent.glob("*.partial")) and len(list(finished.parent.glob("features-*.safetensors"))) == 1
+
+
+def test_the_target_is_the_users_last_item_and_in_no_history(finished, home):
+    domain = data.read_domain(home / "domains" / "sample")
+    for row in rows_of(finished, "ranks.csv"):
+        sequence = domain.sequences[domain.user_ids.index(row[0])]
+        assert row[1] == domain.item_ids[sequence[-1]]
+    for split in ("valid", "test"):
+        for history, target, negatives in zip(*vlm2rec.make_evaluation(domain, split, 10, 0)[1:4]):
+            assert target not in history and target not in negatives.tolist() and not set(history) & set(negatives.tolist())
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, home, tmp_path):
+    with contextlib.chdir(home):
+        for seed in (0, 1):
+            assert command("--epochs", 1, "--seed", seed, "--out", tmp_path) == 0
+    files = [(tmp_path / "sample" / f"vlm2rec-seed{seed}" / "metrics.json").read_bytes() for seed in (0, 1)]
+    assert files[0] == (finished / "metrics.json").read_bytes() != files[1]
+    assert (tmp_path / "sample" / "vlm2rec-seed0" / "ranks.csv").read_bytes() == (finished / "ranks.csv").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["vanilla", "sft", "text", "vision"])
+def test_the_other_methods(home, finished, method, capsys):
+    with contextlib.chdir(home):
+        assert command("--method", method, "--epochs", 1) == 0
+    folder = finished.with_name(f"{method}-seed0")
+    items = safetensors.torch.load_file(folder / "items.safetensors")
+    assert set(items) == {"vanilla": {"text", "vision", "fused"}, "sft": {"text", "vision", "fused"},
+                          "text": {"text", "fused"}, "vision": {"vision", "fused"}}[method]
+    assert (folder / "adapter").exists() == (method != "vanilla")
+    table = capsys.readouterr().out
+    assert all(row in table for row in ("| chance | 0.0990 | 0.0450 |", "| popularity |", f"| {method} |", "wrote runs"))
+    if method != "vanilla":
+        terms = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
+        assert "infonce" in terms and not {"wpcl", "crtr", "alpha"} & set(terms)
+
+
+def test_peft_and_transformers_alone_reproduce_the_item_embeddings(finished, home):
+    """adapter/ is plain PEFT: AutoModel and the usual pixels give items.safetensors."""
+    folder = home / "domains" / "tiny-qwen2.5-vl"
+    model = peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained(folder, dtype=torch.float32), finished / "adapter").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with safetensors.safe_open(finished / "items.safetensors", "pt") as file:
+        item_ids = json.loads(file.metadata()["item_ids"])
+        stored = {name: file.get_tensor(name) for name in file.keys()}
+    rows = {row[0]: row for row in rows_of(home / "domains" / "sample", "items.csv")}
+    for k in (0, 17, len(item_ids) - 1):
+        _, title, image = rows[item_ids[k]]
+        text = tokenizer(title + tokenizer.eos_token, return_tensors="pt").input_ids
+        shown = tokenizer("<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>" + tokenizer.eos_token, return_tensors="pt").input_ids
+        pixels = processor(images=[Image.open(home / "domains" / "sample" / image).resize((56, 56))], do_resize=False, return_tensors="pt")
+        with torch.no_grad():
+            e_text = model(input_ids=text).last_hidden_state[0, -1]
+            e_vision = model(input_ids=shown, mm_token_type_ids=(shown == model.config.image_token_id).int(), **pixels).last_hidden_state[0, -1]
+        for name, e in (("text", e_text), ("vision", e_vision), ("fused", e_text + e_vision)):
+            assert stored[name].dtype == torch.float32 and (stored[name][k] - e).abs().max() < 1e-5
+
+
+def test_a_rerun_that_fails_leaves_the_finished_run_alone(finished, home, monkeypatch):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+    with contextlib.chdir(home):
+        monkeypatch.setattr(vlm2rec, "write_results", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command("--epochs", 1) == 130
+    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+
+
+def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
+    with contextlib.chdir(home):
+        assert command("--epochs", 1, "--lr", "1e30", "--out", tmp_path) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.fullmatch(r"error: step \d+ is the first that is not finite: .*lower --lr.*", error)
+    assert not (tmp_path / "sample" / "vlm2rec-seed0").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: exit code 2 and one line that names file, row and fix
+# ----------------------------------------------------------------------------------------------------------------------
+
+def edit(name, old, new, count=1):
+    """A change of a file of the domain."""
+    def change(folder):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, count), encoding="utf-8")
+    return change
+
+
+def replace(name, content):
+    return lambda folder: (folder / name).write_bytes(content) if content is not None else (folder / name).unlink()
+
+
+BAD_DOMAINS = {  # what is done to a good domain, and what the error has to name
+    "no items.csv": (replace("items.csv", None), ["items.csv is missing", "item_id,title,image"]),
+    "no interactions.csv": (replace("interactions.csv", None), ["interactions.csv is missing"]),
+    "empty file": (replace("items.csv", b""), ["items.csv, line 1", "item_id, title, image"]),
+    "only a header": (replace("interactions.csv", b"user_id,item_id,timestamp\n"), ["nothing is left"]),
+    "no column": (edit("items.csv", "title", "name"), ["items.csv, line 1: no column title"]),
+    "no timestamp": (edit("interactions.csv", "timestamp", "when"), ["interactions.csv, line 1: no column timestamp"]),
+    "unknown item": (edit("interactions.csv", "u0,i5,", "u0,nope,"), ["interactions.csv, line 3", "'nope' is not in items.csv"]),
+    "bad timestamp": (edit("interactions.csv", "1001", "yesterday"), ["interactions.csv, line 3: timestamp 'yesterday'"]),
+    "nan timestamp": (edit("interactions.csv", "1001", "nan"), ["interactions.csv, line 3: timestamp 'nan'"]),
+    "empty user": (edit("interactions.csv", "u0,i5,", ",i5,"), ["interactions.csv, line 3", "user_id is empty"]),
+    "empty item": (edit("items.csv", "i4,", ","), ["items.csv, line 6", "empty"]),
+    "item twice": (edit("items.csv", "i4,", "i3,"), ["items.csv, line 6", "'i3' is there twice"]),
+    "path out": (edit("items.csv", "images/4.png", "../../4.png"), ["items.csv, line 6", "../../4.png", "copy it there"]),
+    "absolute path": (edit("items.csv", "images/4.png", "/etc/passwd"), ["items.csv, line 6", "/etc/passwd"]),
+    "too few fields": (edit("items.csv", "i4,title 4,images/4.png", "i4,title 4"), ["items.csv, line 6: 2 fields"]),
+    "stray quote": (edit("items.csv", "title 4,", '"title" 4,'), ["items.csv, line 6"]),
+    "not UTF-8": (replace("items.csv", "item_id,title,image\ni0,caf\u00e9,images/0.png\n".encode("latin-1")), ["items.csv is not UTF-8"]),
+    "few items": (lambda folder: write_domain(folder, interactions=[[f"u{u}", f"i{k}", k] for u in range(9) for k in range(50)]), ["50 items are too few"]),
+    "no core": (lambda folder: write_domain(folder, interactions=[["u1", "i1", 1]]), ["nothing is left after 5-core"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DOMAINS)
+def test_a_bad_domain_gets_one_clear_line(case, tmp_path, home, capsys):
+    folder = write_domain(tmp_path / "shop")
+    change, expected = BAD_DOMAINS[case]
+    change(folder)
+    before = sorted(folder.rglob("*"))
+    assert command("--domain", folder, "--model", "tiny", "--data-dir", home / "domains", "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: ") and all(part in errors[0] for part in expected), errors
+    assert sorted(folder.rglob("*")) == before and not (tmp_path / "out").exists()  # nothing half written
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--domain", "nowhere"], "domains/nowhere is missing"),
+    (["--domain", "./nowhere"], "nowhere is no folder"),
+    (["--model", "./nowhere"], "--model ./nowhere cannot be loaded"),
+    (["--model", "nobody/nothing"], "--model nobody/nothing cannot be loaded"),
+    (["--model", "./bert"], "--model ./bert is of the family bert"),
+    (["--model", "./weightless"], "--model ./weightless cannot be loaded"),
+    (["--batch", "1"], "--batch 1 is too small"),
+    (["--batch", "999"], "users, less than one --batch of 999"),
+    (["--image-size", "100"], "--image-size 100"),
+    (["--tau", "0"], "--tau"),
+    pytest.param(["--device", "cuda"], "torch sees no CUDA GPU", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+])
+def test_a_bad_flag_gets_one_clear_line(flags, expected, home, tmp_path, capsys):
+    with contextlib.chdir(home):
+        Path("bert").mkdir(exist_ok=True)
+        Path("bert/config.json").write_text('{"model_type": "bert"}')
+        Path("weightless").mkdir(exist_ok=True)
+        for path in Path("domains/tiny-qwen2.5-vl").glob("*.json"):
+            Path("weightless", path.name).write_bytes(path.read_bytes())
+        assert command(*flags, "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and expected in errors[0], errors
+    assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The README
+# ----------------------------------------------------------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_five_lines_rank_the_catalogue_for_a_new_history(finished, home, monkeypatch, capsys):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "PeftModel" in block)
+    monkeypatch.chdir(home)
+    exec(code, {})
+    domain = data.read_domain("domains/sample")
+    titles = capsys.readouterr().out.strip().splitlines()
+    assert len(titles) == 5 and set(titles) <= set(domain.titles)
+
+
+def test_the_readmes_commands_and_names_exist():
+    for line in re.findall(r"python vlm2rec\.py ([^#\n`|;]*)", README):
+        vlm2rec.parse_config(line.replace("$", "1 ").split() if "$" not in line else [])
+    for name in re.findall(r"`((?:test_)?[a-z_]+)\(?\)?`", README):
+        if name.startswith("test_") and name != "test_vlm2rec":
+            assert name in globals(), name
+    flags = {"--" + field.replace("_", "-") for field in vlm2rec.Config.__dataclass_fields__}
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help", "--version"} <= flags
