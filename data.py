@@ -77,8 +77,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple]:
             where = [header.index(name) for name in columns]
             for row in rows:
                 if row and len(row) != len(header):
-                    raise InputError(f"{path}, line {rows.line_num}: {len(row)} fields where the header has {len(header)}; "
-                                     "put a field that holds a comma into double quotes")
+                    raise InputError(f"{path}, line {rows.line_num}: {len(row)} fields where the header has "
+                                     f"{len(header)}; put a field that holds a comma into double quotes")
                 if row:
                     yield (rows.line_num, *(row[k].strip() for k in where))
     except FileNotFoundError:
@@ -92,7 +92,7 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple]:
 def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
     """items.csv as {item_id: (title, path of its picture)}. Raises InputError for an id that is empty or stands twice,
     or for a picture outside the folder."""
-    roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link; a single picture may not lead out
+    roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link, but no picture may lead out
     items = {}
     for line, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
         if not item or item in items:
@@ -184,8 +184,10 @@ def read_domain(folder: str | Path, name: str = "") -> Domain:
     first = {user: earliest(row) for user, row in shown.items()}
     users = core(first)
     size = lambda table: sum(map(len, table.values()))
-    dropped = {"items without a title": len(items) - len(titled), "items without a decodable picture": len(titled) - len(usable),
-               "interactions with such items": size(events) - size(shown), "repeated interactions": size(shown) - size(first),
+    dropped = {"items without a title": len(items) - len(titled),
+               "items without a decodable picture": len(titled) - len(usable),
+               "interactions with such items": size(events) - size(shown),
+               "repeated interactions": size(shown) - size(first),
                "interactions outside the 5-core": size(first) - size(users)}
     if not users:
         raise InputError(f"{folder}: nothing is left after {CORE}-core filtering; dropped "
@@ -201,8 +203,8 @@ def index_domain(name: str, items: dict, digests: dict, users: dict, dropped: di
     sequences = [[index[item] for item, _ in events] for events in users.values()]
     longest = max(map(len, sequences))
     if len(item_ids) < longest + NEGATIVES:
-        raise InputError(f"{name}: {len(item_ids)} items are too few: the longest sequence has {longest} and the evaluation "
-                         f"ranks {NEGATIVES} others beside the target; bring at least {longest + NEGATIVES} items")
+        raise InputError(f"{name}: {len(item_ids)} items are too few: the longest sequence has {longest}, and another "
+                         f"{NEGATIVES} are ranked beside the target; bring at least {longest + NEGATIVES}")
     tied = [events[-1][1] == events[-2][1] for events in users.values()]
     content = [[(item, items[item][0], digests[item]) for item in item_ids], list(users), sequences, tied]
     return Domain(name, item_ids, [items[item][0] for item in item_ids], [items[item][1] for item in item_ids],
@@ -249,7 +251,7 @@ def validation_users(users: int, seed: int) -> list[int]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not."""
+    """A temporary folder beside `folder` that takes its place if the block ends well, and vanishes if it does not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -307,28 +309,31 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
     9; timestamps are whole days, and the file is in the order of the items, as Amazon's is.
     """
     rng = random.Random(f"sample world {seed}")
-    cells = {(category, style): [f"{category}{style}{k:02}" for k in range(per_cell)] for category in range(8) for style in range(8)}
+    cells = {(category, style): [f"{category}{style}{k:02}" for k in range(per_cell)]
+             for category in range(8) for style in range(8)}
     popularity = {item: rng.lognormvariate(0, 0.7) for items in cells.values() for item in items}
     blur = lambda value: value if rng.random() < 0.7 else rng.randrange(8)
-    move = lambda value, stay, step: rng.choices([value, (value + 1) % 8, rng.randrange(8)], [stay, step, 1 - stay - step])[0]
+    move = lambda value, *odds: rng.choices([value, (value + 1) % 8, rng.randrange(8)], odds)[0]
     with whole_folder(folder) as partial:
         (partial / "images").mkdir()
         rows = []
         for (category, style), items in cells.items():
             for item in items:
-                rows.append([item, f"{BRANDS[blur(style)]} {NOUNS[category]} {rng.randrange(100)}", f"images/{item}.png"])
-                draw_item(rng, SHAPES[blur(category)], style / 8).save(partial / "images" / f"{item}.png")
+                title, image = f"{BRANDS[blur(style)]} {NOUNS[category]} {rng.randrange(100)}", f"images/{item}.png"
+                rows.append([item, title, image])
+                draw_item(rng, SHAPES[blur(category)], style / 8).save(partial / image)
         write_csv(partial / "items.csv", ["item_id", "title", "image"], rows)
         events = []
         for user in range(users):
             category, style, day, taken = rng.randrange(8), rng.randrange(8), 16000 + rng.randrange(365), set()
             for _ in range(rng.randint(5, 10)):
-                category, style = move(category, 0.5, 0.35), move(style, 0.6, 0.25)
+                category, style = move(category, 0.5, 0.35, 0.15), move(style, 0.6, 0.25, 0.15)
                 if free := [item for item in cells[category, style] if item not in taken]:
                     day += rng.randint(1, 9) if rng.random() < 0.8 else 0
                     taken.add(item := rng.choices(free, [popularity[item] for item in free])[0])
                     events.append([f"u{user:04}", item, day * 86400])
-        write_csv(partial / "interactions.csv", ["user_id", "item_id", "timestamp"], sorted(events, key=lambda row: row[1]))
+        events.sort(key=lambda row: row[1])
+        write_csv(partial / "interactions.csv", ["user_id", "item_id", "timestamp"], events)
 
 
 def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
@@ -362,7 +367,8 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 
 def write_tiny_model(folder: Path) -> None:
-    """Write a Qwen2.5-VL of a quarter of a million random parameters with a byte-level tokenizer, as `save_pretrained` does."""
+    """Write a checkpoint folder as `save_pretrained` does: a Qwen2.5-VL of a quarter of a million random parameters and
+    a byte-level tokenizer. It is the same every time."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
@@ -376,10 +382,12 @@ def write_tiny_model(folder: Path) -> None:
     bytes_only.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token=marks[0], eos_token=marks[1],
                                         additional_special_tokens=marks[2:])
-    text = dict(vocab_size=len(symbols), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=None, eos_token_id=ids[marks[1]],
+    text = dict(vocab_size=len(symbols), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+                bos_token_id=None, eos_token_id=ids[marks[1]],
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
-    vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64, fullatt_block_indexes=[1])
+    vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64,
+                  fullatt_block_indexes=[1])
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
                               video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
                               vision_end_token_id=ids["<|vision_end|>"])

@@ -13,8 +13,8 @@ The first command ends with
 @EXPECTED@
 
 Glossary, code -> paper:
-    z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"], z["fused"] their modalities
-    sim           s(z_u, e_j), cosine similarity of the users and the targets of a batch; the diagonal is the positive
+    z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"] and z["fused"]
+    sim           s(z_u, e_j), cosine similarity of a batch's users and targets; the diagonal holds the positives
     negatives     N_u as a mask: which of the batch's targets are negatives for which user
     gap, weight   Delta_u,gap, w_u,pen
     tau           tau and tau_WPCL;  tau_crtr: tau_CRTR;  lam: lambda
@@ -94,8 +94,8 @@ def option(default, help: str, **kwargs):
 class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
-    method: str = option("vlm2rec", "what to train: vanilla is the model as it is, sft uses Eq. 3", choices=list(METHODS))
-    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights, for a CPU")
+    method: str = option("vlm2rec", "vanilla: no training; sft, text, vision: Eq. 3", choices=list(METHODS))
+    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
     data_dir: str = option("domains", "where the domains lie")
@@ -106,36 +106,40 @@ class Config:
     history: int = option(10, "latest items of a user in the prompt")
     image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper")
     lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant")
-    penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them; not in the paper")
+    penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them")
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = option(0.1, "temperature of the topology loss; paper: .001, .01, .1 or 1")
     lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1")
     lora_rank: int = option(16, "LoRA's rank")
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank")
     lora_dropout: float = option(0.2, "dropout in front of LoRA")
-    checkpointing: str = option("on", "gradient checkpointing; off is faster and takes more memory", choices=["on", "off"])
+    checkpointing: str = option("on", "gradient checkpointing; off: faster, more memory", choices=["on", "off"])
     log_every: int = option(50, "steps between two lines of the log")
 
     def __post_init__(self):
         for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1).items():
             if getattr(self, name) < least:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; it has to be at least {least}")
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: it has to be at least {least}")
         if self.image_size < 28 or self.image_size % 28:
-            raise InputError(f"--image-size {self.image_size} does not fit the model's tokens; take a multiple of 28 such as 168")
-        if not (self.tau > 0 and self.tau_crtr > 0 and self.lr > 0 and self.penalty_lr >= 0 and 0 <= self.lora_dropout < 1):
-            raise InputError("--tau, --tau-crtr and --lr have to be positive, --penalty-lr at least 0, --lora-dropout in [0, 1)")
+            raise InputError(f"--image-size {self.image_size}: a token covers 28 pixels, take a multiple such as 168")
+        if not (self.tau > 0 and self.tau_crtr > 0 and self.lr > 0):
+            raise InputError("--tau, --tau-crtr and --lr have to be positive")
+        if not (self.penalty_lr >= 0 and self.lam >= 0 and 0 <= self.lora_dropout < 1):
+            raise InputError("--penalty-lr and --lam have to be at least 0, --lora-dropout in [0, 1)")
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The command line as a Config. Precedence: a flag, then DEFAULTS of the model, of the domain, then Config's."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    types = {"str": str, "int": int, "float": float}
+    flag = lambda name: "--" + name.replace("_", "-")
+    brought = (f"{choice}: " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
+               for choice, row in DEFAULTS.items())
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[1], epilog="Defaults. " + "; ".join(brought))
     for field in dataclasses.fields(Config):
-        help = f"{field.metadata['help']} (default: {field.default})"
-        parser.add_argument("--" + field.name.replace("_", "-"), type=types[field.type], help=help.replace("%", "%%"),
-                            choices=field.metadata.get("choices"), metavar=None if "choices" in field.metadata else field.type)
-    parser.epilog = "Other defaults: " + "; ".join(
-        f"{name}: " + ", ".join(f"--{key.replace('_', '-')} {value}" for key, value in row.items()) for name, row in DEFAULTS.items())
+        choices = field.metadata.get("choices")
+        parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})",
+                            type={"str": str, "int": int, "float": float}[field.type],
+                            choices=choices, metavar=None if choices else field.type)
     given = vars(parser.parse_args(argv))
     given = DEFAULTS.get(given.get("domain", Config.domain), {}) | given
     return Config(**DEFAULTS.get(given.get("model"), {}) | given)
@@ -160,9 +164,10 @@ class PromptBuilder:
 
     def __init__(self, tokenizer, titles: list[str], picture_tokens: int):
         token = tokenizer.convert_tokens_to_ids
-        encode = functools.partial(tokenizer, add_special_tokens=False)
+        encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)  # titles are text
         self.titles = encode(titles, truncation=True, max_length=TITLE_TOKENS).input_ids
-        self.picture = [token("<|vision_start|>"), *[token("<|image_pad|>")] * picture_tokens, token("<|vision_end|>")]
+        start, pad, end = map(token, ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
+        self.picture = [start, *[pad] * picture_tokens, end]
         self.newline = encode("\n").input_ids
         self.closing = [tokenizer.eos_token_id]
 
@@ -189,48 +194,46 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
         family = transformers.AutoConfig.from_pretrained(model, **where).model_type
         if family != "qwen2_5_vl":
             raise InputError(f"--model {model} is of the family {family}; take a Qwen2.5-VL, such as {Config.model}")
-        vlm = transformers.AutoModel.from_pretrained(
-            model, dtype=torch.bfloat16 if device == "cuda" else torch.float32, use_safetensors=True, **where)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        vlm, report = transformers.AutoModel.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **where)
+        if report["missing_keys"]:  # transformers would go on with random weights
+            raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
-        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **where)  # needs no torchvision
-    except (OSError, ValueError, KeyError) as error:
+        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **where)  # no torchvision
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
         raise InputError(f"--model {model} cannot be loaded: {' '.join(str(error).split())[:300]}; "
                          "give a folder written by save_pretrained, a name on the hub, or tiny") from None
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 
 @torch.no_grad()
-def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> Iterator[torch.Tensor]:
-    """Yield the vision tower's features of the pictures, batch by batch, each (n, P, D); P = (image_size / 28)^2."""
-    for start in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [data.load_picture(path).resize((image_size, image_size)) for path in paths[start:start + batch]]
+def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
+    """The vision tower's features of N pictures: (N, P, D) on the CPU, with P = (image_size / 28)^2 tokens each."""
+    features = torch.empty(len(paths), (image_size // 28) ** 2, vlm.config.text_config.hidden_size, dtype=vlm.dtype)
+    for k in bar(range(0, len(paths), batch), "encode pictures"):
+        pictures = [data.load_picture(path).resize((image_size, image_size)) for path in paths[k:k + batch]]
         pixels = processor(images=pictures, do_resize=False, return_tensors="pt").to(vlm.device)
-        features = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
-        yield torch.stack(list(features)).cpu()
+        encoded = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
+        features[k:k + batch] = torch.stack(list(encoded)).cpu()
+    return features
 
 
 def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: int) -> torch.Tensor:
-    """The features of all pictures of a domain, (N, P, D), mapped from `folder`/features-<key>.safetensors.
+    """`encode_pictures` of a domain, kept in `folder`/features-<key>.safetensors and mapped from there.
 
-    The vision tower is frozen, so they are computed once, for every method and seed. The key covers the tower's weights,
-    the processor, the size and the domain's content; an interrupted file is never mistaken for a whole one.
+    The vision tower is frozen, so they are computed once, for every method and seed. The key covers the tower's
+    weights, the processor, the size and the domain's content.
     """
-    key = hashlib.blake2b(f"{domain.digest} {image_size} {processor.to_json_string()} {vlm.dtype}".encode(), digest_size=8)
+    key = hashlib.blake2b(f"{domain.digest} {image_size} {processor.to_json_string()}".encode(), digest_size=8)
     for weight in vlm.visual.state_dict().values():
         key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
     if not path.exists():
-        shape = [len(domain.item_ids), (image_size // 28) ** 2, vlm.config.text_config.hidden_size]
-        size = math.prod(shape) * vlm.dtype.itemsize
-        name = {torch.bfloat16: "BF16", torch.float32: "F32"}[vlm.dtype]
-        header = json.dumps({"features": {"dtype": name, "shape": shape, "data_offsets": [0, size]}}).encode()
-        header += b" " * (-len(header) % 8)
+        features = encode_pictures(vlm, processor, domain.pictures, image_size)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(path.with_suffix(".partial"), "wb") as file:  # batch by batch: all of them need not fit into memory
-            file.write(len(header).to_bytes(8, "little") + header)
-            for features in encode_pictures(vlm, processor, domain.pictures, image_size):
-                file.write(features.contiguous().view(torch.uint8).numpy().tobytes())
-        os.replace(path.with_suffix(".partial"), path)
+        safetensors.torch.save_file({"features": features}, path.with_suffix(".partial"))
+        os.replace(path.with_suffix(".partial"), path)  # so that an interrupted file is never taken for a whole one
     return safetensors.torch.load_file(path)["features"]
 
 
@@ -254,19 +257,20 @@ class Encoder:
     def __call__(self, prompts: list[Prompt]) -> torch.Tensor:
         """Embeddings (B, D), float32, of B prompts of any modality (Eq. 1)."""
         lm, device = self.vlm.language_model, self.device
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True)  # (B, L)
-        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)                            # (B,)
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True)
+        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)            # (B,)
         shown = [item for prompt in prompts for item in prompt.pictures]
         self.tokens += sum(len(prompt.ids) for prompt in prompts)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            states, positions = lm.embed_tokens(ids.to(device)), None                                              # (B, L, D)
-            if shown:  # the pictures' features take the placeholders; their tokens have positions in time, height, width
-                is_picture = ids == self.vlm.config.image_token_id
+            states, positions = lm.embed_tokens(ids.to(device)), None                              # (B, L, D)
+            if shown:  # pictures take the placeholders; their tokens have positions in time, height and width
+                is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
                 states = states.masked_scatter(is_picture[..., None].to(device), self.features[shown].to(device))
-                positions = self.vlm.get_rope_index(ids, is_picture.int(), self.grid.expand(len(shown), 3))[0].to(device)
+                grid = self.grid.expand(len(shown), 3)
+                positions = self.vlm.get_rope_index(ids, is_picture.int(), grid)[0].to(device)     # (3, B, L)
             # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
             states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
-        return states[torch.arange(len(last), device=device), last].float()                                        # (B, D)
+        return states[torch.arange(len(last), device=device), last].float()                        # (B, D)
 
     @torch.no_grad()
     def embed(self, histories: list[list[int]], modality: str) -> torch.Tensor:
@@ -302,7 +306,8 @@ def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**parts, "fused": sum(parts.values())}
 
 
-def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main", device: str = "cpu"):
+def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
+                  device: str = "cpu") -> Encoder:
     """An Encoder for the items of a domain; their pictures' features are kept in the folder `cache`."""
     vlm, tokenizer, processor = load_vlm(model, revision, device)
     features = cached_features(Path(cache), vlm, processor, domain, image_size)
@@ -505,12 +510,19 @@ def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evalu
     users = data.validation_users(len(everyone), seed) if split == "valid" else list(everyone)
     bought = [domain.sequences[user] for user in users]
     histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in bought))
-    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed) for user in users]
+    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed)
+                 for user in users]
     return Evaluation(users, list(histories), list(targets), torch.tensor(negatives), bought)
 
 
-def evaluate(encoder: Encoder, modalities: tuple[str, ...], items: dict, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ranks of the targets of a split (see rank_users), given the item embeddings of `Encoder.embed_fused`."""
+def embed_items(encoder: Encoder, modalities: tuple[str, ...], domain: Domain) -> dict[str, torch.Tensor]:
+    """The catalogue's embeddings: {"text", "vision", "fused"}: (N, D)."""
+    return encoder.embed_fused([[item] for item in range(len(domain.item_ids))], modalities)
+
+
+def evaluate(encoder: Encoder, modalities: tuple[str, ...], items: dict,
+             evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both ranks of a split's targets (see rank_users), given the catalogue's embeddings (see embed_items)."""
     z = encoder.embed_fused(evaluation.histories, modalities)
     return rank_users(z["fused"], items["fused"], evaluation.targets, evaluation.negatives, evaluation.bought)
 
@@ -546,9 +558,10 @@ class Penalty(torch.nn.Module):
 
 
 def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
-    """Put LoRA into the language layers; the vision tower stays as it is. The encoder uses the adapter from now on."""
+    """Put LoRA into the language layers, not the vision tower; from now on the encoder encodes with it."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
     adapted = peft.get_peft_model(encoder.vlm, config)
+    print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
     if checkpointing:
         encoder.vlm.language_model.activation_checkpointing_enable()
     return adapted
@@ -560,17 +573,18 @@ def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list
     return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
 
 
-def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list, batches: list, log,
-                tau: float, tau_crtr: float, lam: float) -> None:
-    """One pass over the batches. `samples` holds (history, target, everything bought before) per user."""
+def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list[tuple],
+                batches: list[list[int]], log, tau: float, tau_crtr: float, lam: float) -> None:
+    """One pass over the batches. `samples` holds (history, target, all items bought before the target) per user."""
     encoder.vlm.train()
     for users in batches:
         histories, targets, bought = zip(*(samples[user] for user in users))
-        z = {modality: encoder([encoder.prompt(history, modality) for history in histories]) for modality in method.modalities}
+        z = {modality: encoder([encoder.prompt(history, modality) for history in histories])
+             for modality in method.modalities}
         e = encoder([encoder.prompt([item], modality) for modality in method.modalities for item in targets])
-        z, e = fuse(z), fuse(dict(zip(method.modalities, e.split(len(users)))))
-        before = torch.nn.utils.rnn.pad_sequence([torch.tensor(items) for items in bought], batch_first=True, padding_value=-1)
-        negatives = in_batch_negatives(torch.tensor(targets), before).to(encoder.device)
+        z, e = fuse(z), fuse(dict(zip(method.modalities, e.split(len(users)))))                    # (B, D) each
+        bought = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, bought)), batch_first=True, padding_value=-1)
+        negatives = in_batch_negatives(torch.tensor(targets), bought).to(encoder.device)           # (B, B)
         alpha, beta = penalty()
 
         loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
@@ -578,10 +592,42 @@ def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, s
         optimizer.step()
         optimizer.zero_grad()
 
-        if "vision" in z and "text" in z:
+        if len(method.modalities) == 2:  # Eq. 2 adds raw vectors: the longer one speaks louder
             terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
-        log({**terms, "alpha": alpha, "beta": beta} if method.contrast == "wpcl" else terms, len(users), encoder.tokens)
+        if method.contrast == "wpcl":
+            terms |= {"alpha": alpha, "beta": beta}
+        log(terms, len(users), encoder.tokens)
 
+
+def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
+    """Train as `config` says; leave the epoch with the best validation N@10 in the encoder and return its scores."""
+    method, penalty = METHODS[config.method], Penalty().to(encoder.device)
+    penalty.requires_grad_(config.penalty_lr > 0)
+    optimizer = torch.optim.AdamW([{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": config.lr},
+                                   {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
+    samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
+    valid = make_evaluation(domain, "valid", config.history, config.seed)
+    log = Log(folder / "log.jsonl", config.log_every, config.epochs * (len(samples) // config.batch))
+    best, kept = {"N@10": -1.0}, {}
+    for epoch in range(1, config.epochs + 1):
+        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)
+        log.start(epoch, encoder.tokens)
+        train_epoch(encoder, method, penalty, optimizer, samples, batches, log, config.tau, config.tau_crtr, config.lam)
+        log.write(encoder.tokens)
+        ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
+        scores = hits_and_ndcg(ranks)
+        tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
+        if scores["N@10"] > best["N@10"]:
+            best = scores
+            kept = {name: value.clone() for name, value in peft.get_peft_model_state_dict(adapted).items()}
+    log.bar.close()
+    peft.set_peft_model_state_dict(adapted, kept)
+    return best
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run: from a command line to a folder of results
+# ----------------------------------------------------------------------------------------------------------------------
 
 class Log:
     """log.jsonl and the progress bar: a line every `every` steps, with the mean of each term since the last one.
@@ -627,45 +673,15 @@ class Log:
 
 
 def peak_gib(device: str) -> float:
-    """The most memory held so far in GiB: on the GPU, or by this process."""
+    """The most memory held so far in GiB, on the GPU or by this process; NaN where it is not known."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-
-def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
-    """Train as `config` says; leave the epoch with the best validation N@10 in the encoder and return its scores."""
-    method, penalty = METHODS[config.method], Penalty().to(encoder.device).requires_grad_(config.penalty_lr > 0)
-    optimizer = torch.optim.AdamW([{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": config.lr},
-                                   {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
-    samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
-    valid = make_evaluation(domain, "valid", config.history, config.seed)
-    log = Log(folder / "log.jsonl", config.log_every, config.epochs * (len(samples) // config.batch))
-    best, kept = {"N@10": -1.0}, {}
-    for epoch in range(1, config.epochs + 1):
-        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)
-        log.start(epoch, encoder.tokens)
-        train_epoch(encoder, method, penalty, optimizer, samples, batches, log, config.tau, config.tau_crtr, config.lam)
-        log.write(encoder.tokens)
-        ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
-        scores = hits_and_ndcg(ranks)
-        tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
-        if scores["N@10"] > best["N@10"]:
-            best, kept = scores, {name: value.clone() for name, value in peft.get_peft_model_state_dict(adapted).items()}
-    log.bar.close()
-    peft.set_peft_model_state_dict(adapted, kept)
-    return best
-
-
-def embed_items(encoder: Encoder, modalities: tuple[str, ...], domain: Domain) -> dict[str, torch.Tensor]:
-    """The catalogue's embeddings: {"text", "vision", "fused"}: (N, D)."""
-    return encoder.embed_fused([[item] for item in range(len(domain.item_ids))], modalities)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run: from a command line to a folder of results
-# ----------------------------------------------------------------------------------------------------------------------
 
 def format_scores(scores: dict[str, float | None]) -> str:
     """H@10 .1234  N@10 .0678 ..."""
@@ -680,8 +696,8 @@ def write_json(path: Path, content: dict) -> None:
 def settings(config: Config, domain: Domain) -> dict:
     """config.json: every setting, the versions and digests of data and source."""
     sources = b"".join(Path(file).read_bytes() for file in (__file__, data.__file__))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-                "peft": peft.__version__, "pillow": PIL.__version__}
+    versions = {"python": platform.python_version(), "pillow": PIL.__version__,
+                **{package.__name__: package.__version__ for package in (torch, transformers, peft)}}
     return {**dataclasses.asdict(config), "versions": versions, "data_digest": domain.digest,
             "source_digest": hashlib.blake2b(sources, digest_size=16).hexdigest()}
 
@@ -689,9 +705,9 @@ def settings(config: Config, domain: Domain) -> dict:
 def write_results(folder: Path, domain: Domain, test: Evaluation, ranks: torch.Tensor, full: torch.Tensor,
                   items: dict[str, torch.Tensor], metrics: dict) -> None:
     """ranks.csv, items.safetensors and metrics.json, as README.md describes them."""
-    rows = zip(test.users, test.targets, ranks.tolist(), full.tolist())
-    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
-                   [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{whole:g}"] for user, item, rank, whole in rows])
+    rows = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"]
+            for user, item, rank, rank_full in zip(test.users, test.targets, ranks.tolist(), full.tolist())]
+    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
     safetensors.torch.save_file(items, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
     write_json(folder / "metrics.json", metrics)
 
@@ -715,7 +731,8 @@ def set_up(config: Config) -> tuple[Domain, Encoder]:
     if len(domain.user_ids) < config.batch:
         raise InputError(f"{domain.name} has {len(domain.user_ids)} users, less than one --batch of {config.batch}")
     model = data.prepare_model(config.model, Path(config.data_dir))
-    return domain, build_encoder(domain, model, config.image_size, Path(config.out, domain.name), config.revision, device)
+    cache = Path(config.out, domain.name)
+    return domain, build_encoder(domain, model, config.image_size, cache, config.revision, device)
 
 
 def run(config: Config) -> None:
@@ -729,8 +746,8 @@ def run(config: Config) -> None:
         write_json(folder / "config.json", settings(config, domain))
         if method.contrast:
             torch.manual_seed(config.seed)
-            adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, config.checkpointing == "on")
-            print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,} of LoRA")
+            adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
+                               config.checkpointing == "on")
             valid = train(encoder, adapted, domain, config, folder)
             adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
             with adapted.disable_adapter():
@@ -742,10 +759,11 @@ def run(config: Config) -> None:
             valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
 
         ranks, full = evaluate(encoder, method.modalities, items, test)
-        scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
-        write_results(folder, domain, test, ranks, full, items,
-                      {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
-                       "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid})
+        scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
+                  "test_untied": hits_and_ndcg(ranks[untied])}
+        about = {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
+                 "users": len(domain.user_ids), "items": len(domain.item_ids)}
+        write_results(folder, domain, test, ranks, full, items, {**about, **scores, "valid": valid})
     rows[config.method] = scores["test"]
     rows[f"{config.method}, the {int(untied.sum()):,} users without a tie"] = scores["test_untied"]
     rows[f"{config.method}, against all {len(domain.item_ids):,} items"] = scores["test_full"]
