@@ -794,7 +794,7 @@ def test_a_bad_domain_gets_one_clear_line(case, tmp_path, home, capsys):
     (["--model", "nobody/nothing"], "--model nobody/nothing cannot be loaded"),
     (["--model", "./bert"], "--model ./bert is of the family bert"),
     (["--model", "./weightless"], "--model ./weightless cannot be loaded"),
-    (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 35 tensors"),
+    (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 30 tensors"),
     (["--batch", "1"], "--batch 1: it has to be at least 2"),
     (["--batch", "999"], "users, less than one --batch of 999"),
     (["--image-size", "100"], "--image-size 100"),
@@ -836,8 +836,9 @@ def test_the_readmes_five_lines_rank_the_catalogue_for_a_new_history(finished, h
 
 
 def test_the_readmes_commands_and_names_exist():
-    for line in re.findall(r"python vlm2rec\.py ([^#\n`|;]*)", README):
-        vlm2rec.parse_config(line.replace("$", "1 ").split() if "$" not in line else [])
+    for line in re.findall(r"python vlm2rec\.py (--[^#\n`|;]*)", README):
+        if "--help" not in line:
+            vlm2rec.parse_config(line.split())
     for name in re.findall(r"`((?:test_)?[a-z_]+)\(?\)?`", README):
         if name.startswith("test_") and name != "test_vlm2rec":
             assert name in globals(), name
