@@ -12,23 +12,35 @@ ordinary Qwen2.5-VL checkpoint folder. Nothing that reads either can tell it fro
 """
 from __future__ import annotations
 
+import argparse
+import ast
 import collections
 import colorsys
 import concurrent.futures
 import contextlib
 import csv
+import gzip
 import hashlib
+import html
+import http.client
 import io
-import itertools
 import json
 import math
 import os
 import random
+import re
 import shutil
+import sys
 import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from time import sleep
+from typing import Callable, Iterator, NamedTuple
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -119,12 +131,12 @@ def read_interactions(folder: Path, items: dict) -> dict[str, list[tuple[str, fl
         if item not in items:
             raise InputError(f"{path}, line {line}: item_id {item!r} is not in items.csv; add it there or drop the row")
         try:
-            time = float(timestamp)
+            when = float(timestamp)
         except ValueError:
-            time = math.nan
-        if not math.isfinite(time):
+            when = math.nan
+        if not math.isfinite(when):
             raise InputError(f"{path}, line {line}: timestamp {timestamp!r} is not a number; use seconds since 1970")
-        users.setdefault(user, []).append((item, time))
+        users.setdefault(user, []).append((item, when))
     for events in users.values():
         events.sort(key=lambda event: event[1])
     return users
@@ -151,8 +163,8 @@ def picture_digest(path: Path) -> str:
 def earliest(events: list[tuple[str, float]]) -> list[tuple[str, float]]:
     """A user's (item, time) events, oldest first, without the repetitions of an item."""
     kept = {}
-    for item, time in events:
-        kept.setdefault(item, (item, time))
+    for event in events:
+        kept.setdefault(event[0], event)
     return list(kept.values())
 
 
@@ -266,17 +278,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def prepare_domain(domain: str, data_dir: Path) -> Path:
+def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how.
     Raises InputError if it is not there and cannot be made."""
     if os.sep in domain or "/" in domain:
         return Path(domain)
     folder = data_dir / domain
-    if not folder.exists() and domain == "sample":
+    if (folder / "items.csv").exists():
+        return folder
+    if domain == "sample":
         write_sample_world(folder)
-    if not folder.exists():
-        raise InputError(f"{folder} is missing; write items.csv, interactions.csv and images/ there, "
-                         "give the path of another folder, or try --domain sample")
+    elif domain in AMAZON:
+        prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
+    else:
+        raise InputError(f"{folder / 'items.csv'} is missing; write items.csv, interactions.csv and images/ there, "
+                         f"give the path of another folder, or take one of sample, {', '.join(AMAZON)}")
     return folder
 
 
@@ -396,3 +412,288 @@ def write_tiny_model(folder: Path) -> None:
         Qwen2_5_VLModel(config).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         Qwen2VLImageProcessorPil().save_pretrained(partial)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures
+# ----------------------------------------------------------------------------------------------------------------------
+
+class Category(NamedTuple):
+    """A name in Amazon's files, and the published counts of its 5-core."""
+    name: str
+    users: int
+    items: int
+    interactions: int
+
+
+AMAZON = {"toys": Category("Toys_and_Games", 19_412, 11_924, 167_597),
+          "beauty": Category("Beauty", 22_363, 12_101, 198_502),
+          "clothing": Category("Clothing_Shoes_and_Jewelry", 39_387, 23_033, 278_677),
+          "sports": Category("Sports_and_Outdoors", 35_598, 18_357, 296_337)}
+ARCHIVES = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"  # answered in September 2026
+PICTURES = "https://m.media-amazon.com"  # serves today what the metadata's hosts served
+PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
+                 "images-na.ssl-images-amazon.com", "m.media-amazon.com"}
+WORKERS = 16               # pictures fetched at once
+TRIES, BACK_OFF = 4, 1.0   # attempts, and the seconds before the second one; they double from there
+TIMEOUT = 20.0             # seconds without a byte after which an attempt has failed
+MAX_SECONDS, MAX_BYTES = 60.0, 10_000_000  # a picture that takes longer or is larger is given up
+
+
+class FetchError(Exception):
+    """An address that gives no usable answer, and why."""
+
+
+class CheckedRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows a redirect only to http or https on one of `hosts`."""
+
+    def __init__(self, hosts: set[str]):
+        self.hosts = hosts
+
+    def redirect_request(self, request, file, code, message, headers, address):
+        """Called by urllib for each redirect. Raises FetchError for a host that is not ours."""
+        target = urllib.parse.urlsplit(address)
+        if target.scheme not in ("http", "https") or target.netloc not in self.hosts:
+            raise FetchError("redirected to another host")
+        return super().redirect_request(request, file, code, message, headers, address)
+
+
+def fetch(address: str, hosts: set[str], receive: Callable, offset: Callable[[], int] = lambda: 0):
+    """Return receive(response). Network errors, 429 and 5xx are tried again, later and later or when the server asks
+    for it, from byte offset() on. Raises FetchError with the reason."""
+    opener = urllib.request.build_opener(CheckedRedirects(hosts))
+    for attempt in range(TRIES):
+        wait = BACK_OFF * 2 ** attempt
+        try:
+            headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={offset()}-"} if offset() else {})
+            with opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as response:
+                return receive(response)
+        except urllib.error.HTTPError as error:
+            reason, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
+            if error.code != 429 and error.code < 500:
+                break
+            wait = min(float(after), 60.0) if after.isdigit() else wait
+        except (OSError, http.client.HTTPException) as error:
+            reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        if attempt + 1 < TRIES:
+            sleep(wait)
+    raise FetchError(reason)
+
+
+def chunks(response, seconds: float = math.inf, most: float = math.inf) -> Iterator[bytes]:
+    """The body of a response. Raises FetchError if it has over `most` bytes, OSError if it is cut off or takes over
+    `seconds`."""
+    length, got, end = response.headers.get("Content-Length"), 0, time.monotonic() + seconds
+    while chunk := response.read1(1 << 16):
+        got += len(chunk)
+        if got > most:
+            raise FetchError(f"over {most:,} bytes")
+        if time.monotonic() > end:
+            raise TimeoutError(f"not done after {seconds:g} seconds")
+        yield chunk
+    if length and got != int(length):
+        raise ConnectionError(f"cut off after {got:,} of {length} bytes")
+
+
+def fetch_archive(address: str, path: Path, hosts: set[str]) -> None:
+    """Download to `path`, which appears when it is whole; continues what an earlier attempt or run left."""
+    part = path.with_name(path.name + ".part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    have = lambda: part.stat().st_size if part.exists() else 0
+
+    def receive(response):
+        kept = have() if response.status == 206 else 0  # 206: the server sends only what we lack
+        total = int(response.headers.get("Content-Length") or 0) + kept
+        with open(part, "ab" if kept else "wb") as file, tqdm(
+                desc=path.name, total=total or None, initial=kept, unit="B", unit_scale=True, disable=None) as bar:
+            for chunk in chunks(response):
+                file.write(chunk)
+                bar.update(len(chunk))
+
+    try:
+        fetch(address, hosts, receive, have)
+    except FetchError as error:
+        if str(error) != "HTTP 416":  # nothing comes after what we have: a run was killed just before the next line
+            raise
+    os.replace(part, path)
+
+
+def read_lines(path: Path, parse: Callable) -> Iterator:
+    """Yield parse(line) of a gzipped file. Raises InputError, naming the file, if it is damaged or a line malformed."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = tqdm(file, path.name, unit=" lines", unit_scale=True, leave=False, disable=None)
+            for number, line in enumerate(lines, 1):
+                try:
+                    yield parse(line)
+                except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: {type(error).__name__}: {error}; delete the file to "
+                                     "fetch it anew") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is cut off or damaged ({error}); delete it to fetch it anew") from None
+
+
+def parse_review(line: str) -> tuple[str, str, int]:
+    """(user, item, time) of a line of reviews_*.json.gz, which is JSON."""
+    row = json.loads(line)
+    return row["reviewerID"], row["asin"], int(row["unixReviewTime"])
+
+
+def parse_metadata(line: str, wanted: set[str]) -> tuple[str, str, str] | None:
+    """(item, title, picture's address) of a line of meta_*.json.gz, which is a Python literal, or None if the item is
+    not wanted: most lines are not, and reading the literal is what takes time."""
+    start = re.match(r"\{'asin': '(\w+)'", line)
+    if start and start[1] not in wanted:
+        return None
+    row = ast.literal_eval(line)
+    title = " ".join(html.unescape(row.get("title") or "").split())
+    return (row["asin"], title, row.get("imUrl") or "") if row["asin"] in wanted else None
+
+
+def picture_address(item: str, title: str, address: str, base: str) -> tuple[str, str]:
+    """(address that serves the picture today, "") or ("", the reason why the item is dropped)."""
+    url = urllib.parse.urlsplit(address)
+    if not title:
+        return "", "no title"
+    if not re.fullmatch(r"[A-Za-z0-9]{1,20}", item):  # it becomes a file's name
+        return "", "odd item id"
+    if not address:
+        return "", "no picture"
+    if "no-img" in address:
+        return "", "placeholder picture"
+    if url.scheme not in ("http", "https") or url.netloc not in PICTURE_HOSTS:
+        return "", "picture on an unknown host"
+    return base + urllib.parse.quote(url.path, safe="/%+,"), ""
+
+
+def fetch_picture(address: str, path: Path, hosts: set[str]) -> str:
+    """Download a picture to `path`, which appears when it is whole and decodes. Returns "", or why it does not."""
+    if path.exists():
+        return ""
+    try:
+        content = fetch(address, hosts, lambda response: b"".join(chunks(response, MAX_SECONDS, MAX_BYTES)))
+    except FetchError as error:
+        return str(error)
+    try:
+        picture = load_picture(io.BytesIO(content))
+    except Exception as error:  # whatever a decoder raises: it is no picture
+        return "too many pixels" if "pixels" in str(error) else "not a picture"
+    if min(picture.size) < 2:
+        return "picture of a single pixel"
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+    return ""
+
+
+def fetch_pictures(addresses: dict[str, str], folder: Path, hosts: set[str]) -> dict[str, str]:
+    """Download {item: address} to `folder`/item.jpg. Returns {item: reason} of those that failed. Raises InputError if
+    most do: then it is the network, not the links."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pool, failed = concurrent.futures.ThreadPoolExecutor(WORKERS), {}
+    try:
+        jobs = {pool.submit(fetch_picture, address, folder / f"{item}.jpg", hosts): item
+                for item, address in addresses.items()}
+        done = concurrent.futures.as_completed(jobs)
+        for count, job in enumerate(tqdm(done, "pictures", len(jobs), disable=None), 1):
+            if reason := job.result():
+                failed[jobs[job]] = reason
+            if len(failed) > max(50, count / 2):
+                raise InputError(f"{len(failed)} of {count} pictures failed, the last one {addresses[jobs[job]]} "
+                                 f"({reason}); mend the network or give --mirror, then run again: it goes on from here")
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+def get_archive(name: str, companion: str, archives: Path, base: str) -> Path:
+    """The path of an archive, downloaded unless it is there. Raises InputError that says what to fetch by hand."""
+    path = archives / name
+    if not path.exists():
+        try:
+            fetch_archive(f"{base}/{name}", path, {urllib.parse.urlsplit(base).netloc})
+        except FetchError as error:
+            raise InputError(f"cannot fetch {base}/{name} ({error}); run again, try --mirror, or get it and {companion} "
+                             f"from there by other means and put both into {archives}") from None
+    return path
+
+
+def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
+    """Make one of the four Amazon domains from nothing: download, filter to the 5-core, fetch the pictures, drop items
+    without title or picture, filter again, write. Interrupted at any moment, it goes on when called again."""
+    if mirror and not mirror.startswith(("http://", "https://")):
+        raise InputError(f"--mirror {mirror}: it has to begin with http:// or https://")
+    category, base = AMAZON[domain], mirror or ARCHIVES
+    names = f"reviews_{category.name}_5.json.gz", f"meta_{category.name}.json.gz"
+    reviews = list(read_lines(get_archive(*names, archives, base), parse_review))
+    metadata = get_archive(*names[::-1], archives, base)
+    wanted = {item for _, item, _ in reviews}
+    about = {row[0]: row[1:] for row in read_lines(metadata, lambda line: parse_metadata(line, wanted)) if row}
+
+    five_core = keep_core(reviews, wanted)
+    addresses = {item: picture_address(item, *about.get(item, ("", "")), mirror or PICTURES) for item in sorted(wanted)}
+    reasons = {item: reason for item, (_, reason) in addresses.items() if reason}
+    candidates = {item for _, item, _ in keep_core(reviews, wanted - set(reasons))}
+    hosts = {urllib.parse.urlsplit(mirror).netloc} if mirror else PICTURE_HOSTS
+    reasons |= fetch_pictures({item: addresses[item][0] for item in sorted(candidates)}, folder / "images", hosts)
+    final = keep_core(reviews, candidates - set(reasons))
+    print(amazon_table(domain, reviews, five_core, final, reasons))
+
+    for part in (folder / "images").glob("*.part"):  # of a killed run
+        part.unlink()
+    dropped = [[item, reason, about.get(item, ("", ""))[1]] for item, reason in sorted(reasons.items())]
+    items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
+    write_whole(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
+    write_whole(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], final)  # in the archive's order
+    write_whole(folder / "items.csv", ["item_id", "title", "image"], items)  # last: where it is, the domain is whole
+
+
+def write_whole(path: Path, header: list[str], rows: list) -> None:
+    """Write a CSV file that appears when it is whole."""
+    write_csv(path.with_name(path.name + ".part"), header, rows)
+    os.replace(path.with_name(path.name + ".part"), path)
+
+
+def keep_core(reviews: list[tuple], items: set[str]) -> list[tuple]:
+    """The reviews of the 5-core of `items`, in their order."""
+    users = {}
+    for user, item, when in reviews:
+        if item in items:
+            users.setdefault(user, []).append((item, when))
+    kept = {(user, item) for user, events in core(users).items() for item, _ in events}
+    return [row for row in reviews if row[:2] in kept]
+
+
+def amazon_table(domain: str, reviews: list, five_core: list, final: list, reasons: dict[str, str]) -> str:
+    """Users, items and interactions at each step beside the published counts, and what was lost why."""
+    count = lambda rows: (len({user for user, _, _ in rows}), len({item for _, item, _ in rows}), len(rows))
+    rows = {"": ("users", "items", "interactions"), "published 5-core": AMAZON[domain][1:],
+            "reviews as fetched": count(reviews), "their 5-core": count(five_core),
+            "with title and picture, 5-core": count(final)}
+    text = lambda value: f"{value:,}" if isinstance(value, int) else value
+    lost = [f"{number:,} {reason}" for reason, number in collections.Counter(reasons.values()).most_common()]
+    return "\n".join([f"{domain}, Amazon 2014", *(f"  {name:32}" + "".join(f"{text(value):>14}" for value in values)
+                                                  for name, values in rows.items()),
+                      f"  items dropped: {', '.join(lost) or 'none'}"])
+
+
+def main() -> int:
+    """Prepare a domain without training: `python data.py toys`."""
+    parser = argparse.ArgumentParser(description="Prepare a domain: download, filter and write it, without training.")
+    parser.add_argument("domain", choices=["sample", *AMAZON])
+    parser.add_argument("--data-dir", default="domains", help="it goes to DATA_DIR/DOMAIN (default: domains)")
+    parser.add_argument("--mirror", default="", help="address of archives and pictures, instead of their own")
+    args = parser.parse_args()
+    try:
+        print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,13 +8,18 @@ encoder and whole runs.
 """
 import contextlib
 import csv
+import gzip
+import http.server
 import inspect
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
@@ -439,6 +444,187 @@ def test_importing_does_nothing(tmp_path):
             "import vlm2rec, torch; assert not torch.cuda.is_initialized()")
     subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, check=True)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Amazon 2014, from a server on the loopback address that speaks the real format
+# ----------------------------------------------------------------------------------------------------------------------
+
+def picture(mode="RGB", size=(40, 30), kind="JPEG"):
+    buffer = io.BytesIO()
+    Image.new(mode, size).save(buffer, kind)
+    return buffer.getvalue()
+
+
+class Shop(http.server.ThreadingHTTPServer):
+    """140 items and 70 users in Amazon's format. `faults` maps a path to answers that come before the good one;
+    `log` has every (path, Range header)."""
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), ShopHandler)
+        self.faults, self.log, self.delay = {}, [], 0.0
+        self.items = [f"B{k:05}" for k in range(140)]
+        self.files = {f"/images/I/{item}.jpg": picture() for item in self.items}
+        reviews = [{"reviewerID": f"U{u}", "asin": self.items[(u * 2 + 5 * k) % 140], "reviewText": "é, \"good\"",
+                    "overall": 5.0, "unixReviewTime": 86400 * (k // 2)} for u in range(70) for k in range(12)]
+        reviews.sort(key=lambda row: row["asin"])                            # as the real file is
+        self.meta = [{"asin": item, "title": f"Toy &amp;  Game {item}", "price": 1.5, "related": {"also_bought": []},
+                      "imUrl": f"http://ecx.images-amazon.com/images/I/{item}.jpg"} for item in self.items]
+        self.meta += [{"asin": "B99999", "title": "never reviewed", "imUrl": "http://ecx.images-amazon.com/x.jpg"}]
+        self.put("reviews", [json.dumps(row) for row in reviews])
+        self.put("meta", map(repr, self.meta))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def put(self, kind, lines):
+        name = {"reviews": "/reviews_Toys_and_Games_5.json.gz", "meta": "/meta_Toys_and_Games.json.gz"}[kind]
+        self.files[name] = gzip.compress("".join(line + "\n" for line in lines).encode(), mtime=0)
+
+
+class ShopHandler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        shop, first = self.server, self.headers.get("Range")
+        shop.log.append((self.path, first))
+        time.sleep(shop.delay)
+        if shop.faults.get(self.path):
+            return shop.faults[self.path].pop(0)(self)
+        self.answer(200, shop.files[self.path])
+
+    def answer(self, code, content, cut=None, **headers):
+        start = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
+        if start >= len(content) > 0:
+            code, content = 416, b""
+        elif start and code == 200:
+            code, content = 206, content[start:]
+        self.send_response(code)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(content[:cut])
+        self.close_connection = True
+
+
+@pytest.fixture
+def shop(monkeypatch):
+    """A running Shop; waiting is noted in shop.waits, not done."""
+    server = Shop()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.waits = []
+    monkeypatch.setattr(data, "sleep", server.waits.append)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def code(number, content=b"", **headers):
+    return lambda handler: handler.answer(number, content, **headers)
+
+
+def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsys):
+    """Each fault is handled: tried again, or the item dropped, listed with its reason and counted."""
+    monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    at = lambda k: f"/images/I/{shop.items[k]}.jpg"
+    good, bomb = shop.files[at(0)], picture("1", (10_000, 5_000), "PNG")     # 50 megapixels in a few kilobytes
+    shop.faults = {at(0): [code(404)], at(1): [code(500)], at(2): [code(429, Retry_After=7)],
+                   at(3): [lambda handler: time.sleep(1.5)] * 4, at(4): [code(200, good, cut=100)],
+                   at(5): [code(200, b"<html>sorry</html>")], at(6): [code(200, picture("P", (1, 1), "GIF"))],
+                   at(7): [code(200, bomb)], at(8): [code(200, picture("L"))], at(9): [code(200, picture("CMYK"))],
+                   at(10): [code(302, Location="http://example.org/x.jpg")],
+               at(11): [code(302, Location=shop.url + at(12))],
+                   at(13): [code(302, Location="file:///etc/passwd")], at(14): [code(503)] * 4,
+                   "/reviews_Toys_and_Games_5.json.gz": [lambda handler: handler.answer(
+                       200, shop.files["/reviews_Toys_and_Games_5.json.gz"], cut=1000)]}
+    shop.meta[15].pop("title")
+    shop.meta[16].pop("imUrl")
+    shop.meta[17]["imUrl"] = "http://g-ecx.images-amazon.com/images/G/01/x-site/icons/no-img-lg._V192198674_.gif"
+    shop.meta[18]["imUrl"] = "http://localhost/private.jpg"
+    shop.put("meta", map(repr, shop.meta))
+    domain = data.read_domain(data.prepare_domain("toys", tmp_path, shop.url))
+    dropped = {0: "HTTP 404", 3: "timed out", 5: "not a picture", 6: "picture of a single pixel", 7: "too many pixels",
+               10: "redirected to another host", 13: "HTTP 302", 14: "HTTP 503", 15: "no title",
+               16: "no picture", 17: "placeholder picture", 18: "picture on an unknown host"}
+    listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
+    assert listed == {shop.items[k]: reason for k, reason in dropped.items()}
+    assert domain.item_ids == [item for k, item in enumerate(shop.items) if k not in dropped]
+    assert domain.titles[0] == f"Toy & Game {shop.items[1]}"
+    assert 7.0 in shop.waits and 1.0 in shop.waits                           # Retry-After, and the first back-off
+    assert ("/reviews_Toys_and_Games_5.json.gz", "bytes=1000-") in shop.log  # the cut download went on where it was
+    assert len([1 for path, _ in shop.log if path == at(4)]) == 2
+    table = capsys.readouterr().out
+    for text in ("published 5-core", "19,412", "167,597", "1 redirected to another host", "1 HTTP 404"):
+        assert text in table
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_equal_timestamps_keep_the_archives_order_which_is_by_item(shop, tmp_path):
+    domain = data.read_domain(data.prepare_domain("toys", tmp_path, shop.url))
+    bought = [shop.items[(5 * k) % 140] for k in range(12)]                  # U0 buys two items a day
+    days = [sorted(bought[k:k + 2]) for k in range(0, 12, 2)]
+    assert [domain.item_ids[item] for item in domain.sequences[domain.user_ids.index("U0")]] == sum(days, [])
+
+
+def test_archives_put_there_by_hand_are_used_and_pictures_are_fetched_once(shop, tmp_path):
+    (tmp_path / "amazon2014").mkdir()
+    for name in list(shop.files)[-2:]:
+        (tmp_path / "amazon2014" / name[1:]).write_bytes(shop.files.pop(name))
+    data.prepare_domain("toys", tmp_path, shop.url)
+    assert sorted(path for path, _ in shop.log) == sorted(shop.files)
+    (tmp_path / "toys" / "items.csv").unlink()
+    data.prepare_domain("toys", tmp_path, shop.url)
+    assert len(shop.log) == len(shop.files)                                  # nothing was fetched again
+
+
+def test_a_preparation_killed_at_any_moment_goes_on_and_ends_the_same(shop, tmp_path):
+    """SIGKILL, five times, at moments spread over the whole run."""
+    shop.delay = 0.03
+    run = lambda where: subprocess.Popen([sys.executable, HERE / "data.py", "toys", "--data-dir", tmp_path / where,
+                                          "--mirror", shop.url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert run("calm").wait() == 0
+    for moment in (0.3, 0.4, 0.5, 0.6, 0.7):
+        process = run("killed")
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+        have = {path.name for path in (tmp_path / "killed").rglob("*") if path.suffix in (".gz", ".jpg")}
+        shop.log.clear()
+    assert run("killed").wait() == 0
+    assert not have & {path.rpartition("/")[2] for path, _ in shop.log}
+    files = lambda where: {path.relative_to(tmp_path / where): path.read_bytes()
+                           for path in (tmp_path / where).rglob("*") if path.is_file()}
+    assert files("calm") == files("killed")
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda content: content[:len(content) // 2], "is cut off or damaged"),
+    (lambda content: b"\0" * 100, "is cut off or damaged"),
+    (lambda content: gzip.compress(b"{'asin': 'B00001', 'title': __import__('os').getcwd()}\n"), "line 1: ValueError"),
+])
+def test_a_damaged_archive_is_named(shop, tmp_path, spoil, expected):
+    name = "/meta_Toys_and_Games.json.gz"
+    shop.files[name] = spoil(shop.files[name])
+    with pytest.raises(data.InputError, match=expected) as error:
+        data.prepare_domain("toys", tmp_path, shop.url)
+    assert str(tmp_path / "amazon2014" / name[1:]) in str(error.value) and "delete" in str(error.value)
+    assert not (tmp_path / "toys" / "items.csv").exists()
+
+
+def test_without_a_network_one_line_says_what_to_fetch_and_where_to_put_it(tmp_path, capsys):
+    process = subprocess.run([sys.executable, HERE / "data.py", "beauty", "--data-dir", tmp_path, "--mirror",
+                              "http://127.0.0.1:9"], capture_output=True, text=True)
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2 and len(lines) == 1
+    for text in ("http://127.0.0.1:9/reviews_Beauty_5.json.gz", "meta_Beauty.json.gz", str(tmp_path / "amazon2014")):
+        assert text in lines[0]
+
+
+def test_when_most_pictures_fail_it_is_the_network_and_nothing_is_written(shop, tmp_path):
+    shop.faults = {path: [code(403)] for path in shop.files if "images" in path}
+    with pytest.raises(data.InputError, match="run again: it goes on"):
+        data.prepare_domain("toys", tmp_path, shop.url)
+    assert not list((tmp_path / "toys").glob("*.csv"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ class Config:
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
-    data_dir: str = option("domains", "where the domains lie")
+    data_dir: str = option("domains", "where the domains lie; toys, beauty, clothing and sports are fetched into it")
+    mirror: str = option("", "address to fetch Amazon's archives and pictures from, instead of their own")
     out: str = option("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
     device: str = option("auto", "auto takes CUDA if there is one", choices=["auto", "cuda", "cpu"])
     epochs: int = option(3, "passes over the users; the best on validation N@10 is kept")
@@ -725,7 +726,7 @@ def set_up(config: Config) -> tuple[Domain, Encoder]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    domain = data.read_domain(data.prepare_domain(config.domain, Path(config.data_dir)))
+    domain = data.read_domain(data.prepare_domain(config.domain, Path(config.data_dir), config.mirror))
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
           f"seed {config.seed}\n{data.describe(domain)}")
     if len(domain.user_ids) < config.batch:
