@@ -190,7 +190,7 @@ def read_domain(folder: str | Path, name: str = "") -> Domain:
     titled = [item for item, (title, _) in items.items() if title]
     with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         checks = pool.map(picture_digest, (items[item][1] for item in titled))
-        digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, delay=1)))
+        digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, disable=None)))
     usable = {item for item, digest in digests.items() if digest}
     shown = {user: [event for event in row if event[0] in usable] for user, row in events.items()}
     first = {user: earliest(row) for user, row in shown.items()}
@@ -613,8 +613,8 @@ def get_archive(name: str, companion: str, archives: Path, base: str) -> Path:
         try:
             fetch_archive(f"{base}/{name}", path, {urllib.parse.urlsplit(base).netloc})
         except FetchError as error:
-            raise InputError(f"cannot fetch {base}/{name} ({error}); run again, try --mirror, or get it and {companion} "
-                             f"from there by other means and put both into {archives}") from None
+            raise InputError(f"cannot fetch {base}/{name} ({error}); run again, try --mirror, or put it and "
+                             f"{companion}, fetched by other means, into {archives}") from None
     return path
 
 

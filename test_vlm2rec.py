@@ -1021,6 +1021,14 @@ def test_the_readmes_five_lines_rank_the_catalogue_for_a_new_history(finished, h
     assert len(titles) == 5 and set(titles) <= set(domain.titles)
 
 
+def test_the_readmes_catalogue_of_ones_own_is_a_domain(tmp_path, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "my-shop" in block)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    domain = data.read_domain("my-shop")
+    assert len(domain.item_ids) == len(domain.user_ids) == 150 and not any(domain.dropped.values())
+
+
 def test_the_readmes_commands_and_names_exist():
     for line in re.findall(r"python vlm2rec\.py (--[^#\n`|;]*)", README):
         if "--help" not in line:
