@@ -706,7 +706,7 @@ def test_padding_batch_size_and_order_change_no_embedding(encoder, modality, mon
     with_lora(encoder)
     together = encoder.embed(HISTORIES, modality)
     alone = torch.cat([encoder.embed([history], modality) for history in HISTORIES])
-    monkeypatch.setattr(vlm2rec, "EMBED_TOKENS", 100)
+    monkeypatch.setitem(vlm2rec.EMBED_TOKENS, "cpu", 100)
     backwards = encoder.embed(HISTORIES[::-1], modality).flip(0)
     both = encoder(prompts(encoder, HISTORIES, "text") + prompts(encoder, HISTORIES, "vision")).detach()
     mixed = both[:4] if modality == "text" else both[4:]

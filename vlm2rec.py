@@ -55,7 +55,7 @@ from data import Domain, InputError
 
 LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
 TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
-EMBED_TOKENS = 16_384  # tokens in a batch when embedding without gradients
+EMBED_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # in a batch without gradients: fill a GPU, stay in a CPU's cache
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -280,7 +280,7 @@ class Encoder:
         prompts = [self.prompt(items, modality) for items in histories]
         out = torch.empty(len(prompts), self.vlm.config.text_config.hidden_size)
         with bar(total=len(prompts), desc=f"embed {modality}") as progress:
-            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], EMBED_TOKENS):
+            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], EMBED_TOKENS[self.device.type]):
                 out[rows] = self([prompts[row] for row in rows]).cpu()
                 progress.update(len(rows))
         return out
