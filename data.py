@@ -32,14 +32,13 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Callable, Iterator, NamedTuple
 
 from PIL import Image, ImageDraw
@@ -49,6 +48,7 @@ CORE = 5                    # every user and every item has at least so many int
 NEGATIVES = 100             # ranked beside the target (Section 5.1.3)
 VALIDATION_USERS = 2000     # at most so many are scored after each epoch; the paper does not say
 MAX_PIXELS = 40_000_000     # a larger picture is not decoded
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # nor is one that would start another program, such as EPS
 FROM_THE_END = {"test": 1, "valid": 2, "train": 3}  # leave-one-out: a split's target, counted from the sequence's end
 
 
@@ -143,11 +143,15 @@ def read_interactions(folder: Path, items: dict) -> dict[str, list[tuple[str, fl
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
-    """Decode a picture's first frame to RGB. Raises OSError or ValueError if it is damaged or has over MAX_PIXELS."""
-    with Image.open(file) as picture:
+    """Decode a picture's first frame to RGB, on white where it is transparent. Raises OSError or ValueError if it is
+    damaged or has over MAX_PIXELS."""
+    with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are over {MAX_PIXELS:,}")
-        return picture.convert("RGBA" if "transparency" in picture.info else "RGB").convert("RGB")
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
 
 
 def picture_digest(path: Path) -> str:
@@ -179,7 +183,7 @@ def core(users: dict[str, list], k: int = CORE) -> dict[str, list]:
         users = kept
 
 
-def read_domain(folder: str | Path, name: str = "") -> Domain:
+def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop items without a title or a decodable picture, keep the earliest of a repeated
     (user, item), then 5-core. Raises InputError for malformed files and if nothing is left."""
     folder = Path(folder)
@@ -204,7 +208,7 @@ def read_domain(folder: str | Path, name: str = "") -> Domain:
     if not users:
         raise InputError(f"{folder}: nothing is left after {CORE}-core filtering; dropped "
                          + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    return index_domain(name or folder.resolve().name, items, digests, users, dropped)
+    return index_domain(folder.resolve().name, items, digests, users, dropped)
 
 
 def index_domain(name: str, items: dict, digests: dict, users: dict, dropped: dict) -> Domain:
@@ -441,7 +445,7 @@ MAX_SECONDS, MAX_BYTES = 60.0, 10_000_000  # a picture that takes longer or is l
 
 
 class FetchError(Exception):
-    """An address that gives no usable answer, and why."""
+    """Why an address gives no usable content. It begins with "no answer" where trying later may help."""
 
 
 class CheckedRedirects(urllib.request.HTTPRedirectHandler):
@@ -471,24 +475,26 @@ def fetch(address: str, hosts: set[str], receive: Callable, offset: Callable[[],
         except urllib.error.HTTPError as error:
             reason, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
             if error.code != 429 and error.code < 500:
-                break
+                raise FetchError(reason) from None
             wait = min(float(after), 60.0) if after.isdigit() else wait
+        except ValueError as error:  # a redirect or a header that makes no sense
+            raise FetchError(f"malformed answer: {error}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
         if attempt + 1 < TRIES:
             sleep(wait)
-    raise FetchError(reason)
+    raise FetchError(f"no answer: {reason}")
 
 
 def chunks(response, seconds: float = math.inf, most: float = math.inf) -> Iterator[bytes]:
     """The body of a response. Raises FetchError if it has over `most` bytes, OSError if it is cut off or takes over
     `seconds`."""
-    length, got, end = response.headers.get("Content-Length"), 0, time.monotonic() + seconds
+    length, got, end = response.headers.get("Content-Length"), 0, monotonic() + seconds
     while chunk := response.read1(1 << 16):
         got += len(chunk)
         if got > most:
             raise FetchError(f"over {most:,} bytes")
-        if time.monotonic() > end:
+        if monotonic() > end:
             raise TimeoutError(f"not done after {seconds:g} seconds")
         yield chunk
     if length and got != int(length):
@@ -547,12 +553,16 @@ def parse_metadata(line: str, wanted: set[str]) -> tuple[str, str, str] | None:
         return None
     row = ast.literal_eval(line)
     title = " ".join(html.unescape(row.get("title") or "").split())
+    title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a character
     return (row["asin"], title, row.get("imUrl") or "") if row["asin"] in wanted else None
 
 
 def picture_address(item: str, title: str, address: str, base: str) -> tuple[str, str]:
     """(address that serves the picture today, "") or ("", the reason why the item is dropped)."""
-    url = urllib.parse.urlsplit(address)
+    try:
+        url = urllib.parse.urlsplit(address)
+    except ValueError:
+        return "", "malformed address"
     if not title:
         return "", "no title"
     if not re.fullmatch(r"[A-Za-z0-9]{1,20}", item):  # it becomes a file's name
@@ -588,7 +598,7 @@ def fetch_picture(address: str, path: Path, hosts: set[str]) -> str:
 
 def fetch_pictures(addresses: dict[str, str], folder: Path, hosts: set[str]) -> dict[str, str]:
     """Download {item: address} to `folder`/item.jpg. Returns {item: reason} of those that failed. Raises InputError if
-    most do: then it is the network, not the links."""
+    most failed, or over 1 % had no answer: then it is the network, not the links, and a later run can do better."""
     folder.mkdir(parents=True, exist_ok=True)
     pool, failed = concurrent.futures.ThreadPoolExecutor(WORKERS), {}
     try:
@@ -598,9 +608,10 @@ def fetch_pictures(addresses: dict[str, str], folder: Path, hosts: set[str]) -> 
         for count, job in enumerate(tqdm(done, "pictures", len(jobs), disable=None), 1):
             if reason := job.result():
                 failed[jobs[job]] = reason
-            if len(failed) > max(50, count / 2):
-                raise InputError(f"{len(failed)} of {count} pictures failed, the last one {addresses[jobs[job]]} "
-                                 f"({reason}); mend the network or give --mirror, then run again: it goes on from here")
+            silent = sum(reason.startswith("no answer") for reason in failed.values())
+            if len(failed) > max(50, count / 2) or silent > max(5, len(jobs) / 100):
+                raise InputError(f"{len(failed)} of {count} pictures failed, {silent} without an answer, the last one "
+                                 f"{addresses[jobs[job]]} ({reason}); check the network, then run again: it goes on")
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -621,8 +632,8 @@ def get_archive(name: str, companion: str, archives: Path, base: str) -> Path:
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Make one of the four Amazon domains from nothing: download, filter to the 5-core, fetch the pictures, drop items
     without title or picture, filter again, write. Interrupted at any moment, it goes on when called again."""
-    if mirror and not mirror.startswith(("http://", "https://")):
-        raise InputError(f"--mirror {mirror}: it has to begin with http:// or https://")
+    if mirror and not re.match(r"https?://[\w.:-]+(/|$)", mirror):
+        raise InputError(f"--mirror {mirror}: it has to be an address such as https://example.org/amazon")
     category, base = AMAZON[domain], mirror or ARCHIVES
     names = f"reviews_{category.name}_5.json.gz", f"meta_{category.name}.json.gz"
     reviews = list(read_lines(get_archive(*names, archives, base), parse_review))
