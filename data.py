@@ -508,6 +508,7 @@ def fetch_archive(address: str, path: Path, hosts: set[str]) -> None:
     have = lambda: part.stat().st_size if part.exists() else 0
 
     def receive(response):
+        """Append what the server sends, or begin anew if it sends all."""
         kept = have() if response.status == 206 else 0  # 206: the server sends only what we lack
         total = int(response.headers.get("Content-Length") or 0) + kept
         with open(part, "ab" if kept else "wb") as file, tqdm(
