@@ -607,9 +607,10 @@ def fetch_pictures(addresses: dict[str, str], folder: Path, hosts: set[str]) -> 
                 for item, address in addresses.items()}
         done = concurrent.futures.as_completed(jobs)
         for count, job in enumerate(tqdm(done, "pictures", len(jobs), disable=None), 1):
-            if reason := job.result():
-                failed[jobs[job]] = reason
-            silent = sum(reason.startswith("no answer") for reason in failed.values())
+            if not (reason := job.result()):
+                continue
+            failed[jobs[job]] = reason
+            silent = sum(why.startswith("no answer") for why in failed.values())
             if len(failed) > max(50, count / 2) or silent > max(5, len(jobs) / 100):
                 raise InputError(f"{len(failed)} of {count} pictures failed, {silent} without an answer, the last one "
                                  f"{addresses[jobs[job]]} ({reason}); check the network, then run again: it goes on")
@@ -640,10 +641,11 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     reviews = list(read_lines(get_archive(*names, archives, base), parse_review))
     metadata = get_archive(*names[::-1], archives, base)
     wanted = {item for _, item, _ in reviews}
-    about = {row[0]: row[1:] for row in read_lines(metadata, lambda line: parse_metadata(line, wanted)) if row}
+    about = {item: ("", "") for item in wanted}  # title, picture's address
+    about |= {row[0]: row[1:] for row in read_lines(metadata, lambda line: parse_metadata(line, wanted)) if row}
 
     five_core = keep_core(reviews, wanted)
-    addresses = {item: picture_address(item, *about.get(item, ("", "")), mirror or PICTURES) for item in sorted(wanted)}
+    addresses = {item: picture_address(item, *about[item], mirror or PICTURES) for item in sorted(wanted)}
     reasons = {item: reason for item, (_, reason) in addresses.items() if reason}
     candidates = {item for _, item, _ in keep_core(reviews, wanted - set(reasons))}
     hosts = {urllib.parse.urlsplit(mirror).netloc} if mirror else PICTURE_HOSTS
@@ -653,7 +655,7 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
 
     for part in (folder / "images").glob("*.part"):  # of a killed run
         part.unlink()
-    dropped = [[item, reason, about.get(item, ("", ""))[1]] for item, reason in sorted(reasons.items())]
+    dropped = [[item, reason, about[item][1]] for item, reason in sorted(reasons.items())]
     items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
     write_whole(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
     write_whole(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], final)  # in the archive's order
