@@ -720,7 +720,7 @@ def test_padding_batch_size_and_order_change_no_embedding(encoder, modality, mon
     with_lora(encoder)
     together = encoder.embed(HISTORIES, modality)
     alone = torch.cat([encoder.embed([history], modality) for history in HISTORIES])
-    monkeypatch.setitem(vlm2rec.EMBED_TOKENS, "cpu", 100)
+    monkeypatch.setitem(vlm2rec.PASS_TOKENS, "cpu", 100)
     backwards = encoder.embed(HISTORIES[::-1], modality).flip(0)
     both = encoder(prompts(encoder, HISTORIES, "text") + prompts(encoder, HISTORIES, "vision")).detach()
     mixed = both[:4] if modality == "text" else both[4:]
@@ -728,11 +728,32 @@ def test_padding_batch_size_and_order_change_no_embedding(encoder, modality, mon
         assert (together - other).abs().max() < 1e-5
 
 
-def test_batches_by_length_keep_to_the_budget_and_miss_nothing():
+def test_batches_by_length_keep_to_the_budget_pad_little_and_miss_nothing(monkeypatch):
     lengths = [5, 30, 2, 9, 9, 1, 400]
-    batches = list(vlm2rec.batches_by_length(lengths, 20))
-    assert sorted(sum(batches, [])) == list(range(7))
-    assert all(len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= 20 for rows in batches)
+    for padding in (256, 3):
+        monkeypatch.setattr(vlm2rec, "PADDING", padding)
+        batches = list(vlm2rec.batches_by_length(lengths, 20))
+        assert sorted(sum(batches, [])) == list(range(7))
+        padded = [len(rows) * max(lengths[row] for row in rows) for rows in batches]
+        assert all(len(rows) == 1 or size <= 20 for rows, size in zip(batches, padded))
+        assert all(size - sum(lengths[row] for row in rows) <= padding for rows, size in zip(batches, padded))
+    assert list(vlm2rec.batches_by_length([7] * 5, 1000)) == [[0, 1, 2, 3, 4]]
+
+
+def test_lora_folded_into_the_weights_gives_the_same_embeddings_and_leaves_no_trace(encoder):
+    adapted = with_lora(encoder)
+    weights = encoder.vlm.language_model.state_dict
+    before = {name: weight.clone() for name, weight in weights().items()}
+    with torch.no_grad():
+        beside = encoder(prompts(encoder, HISTORIES, "vision"))
+        with vlm2rec.folded_lora(encoder.vlm):
+            changed = [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
+            assert len(changed) == 7 * encoder.vlm.config.text_config.num_hidden_layers
+            inside = encoder(prompts(encoder, HISTORIES, "vision"))
+        with adapted.disable_adapter(), vlm2rec.folded_lora(encoder.vlm):
+            without = encoder(prompts(encoder, HISTORIES, "vision"))
+    assert (beside - inside).abs().max() < 1e-5 < (beside - without).abs().max()
+    assert all(torch.equal(weight, before[name]) for name, weight in weights().items())
 
 
 def test_order_and_content_change_an_embedding(encoder):
@@ -766,14 +787,13 @@ def one_step(encoder, adapted, dropout_seed=5):
 
 
 def test_every_lora_tensor_gets_a_gradient_and_checkpointing_does_not_change_it(encoder):
-    adapted = with_lora(encoder, dropout=0.2)
-    plain = one_step(encoder, adapted)
-    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in plain.values())
-    calls = []
+    adapted, calls = with_lora(encoder, dropout=0.2), []
     encoder.vlm.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    plain, passes = one_step(encoder, adapted), len(calls)
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in plain.values())
     encoder.vlm.language_model.activation_checkpointing_enable()
     checkpointed = one_step(encoder, adapted)
-    assert len(calls) == 8                                         # four passes, each computed again in backward
+    assert len(calls) == 3 * passes                                # each pass is computed again in backward
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
 
 

@@ -64,7 +64,8 @@ from data import Domain, InputError
 
 LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
 TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
-EMBED_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # in a batch without gradients: fill a GPU, stay in a CPU's cache
+PASS_TOKENS = {"cuda": 16_384, "cpu": 1_400}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
+PADDING = 256          # tokens of padding in a forward pass that cost as much as another pass
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -281,19 +282,26 @@ class Encoder:
         self.tokens = 0                              # encoded so far, for the log
 
     def __call__(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Embeddings (B, D), float32, of B prompts of any modality (Eq. 1)."""
+        """Embeddings (n, D), float32, of n prompts of any length and modality (Eq. 1), in passes of similar length."""
+        passes = list(batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]))
+        states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in passes])
+        return states[to_device(torch.tensor(sum(passes, [])).argsort(), self.device)]             # as they came
+
+    def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Embeddings (B, D), float32, of B prompts, padded to the longest."""
         lm, device = self.vlm.language_model, self.device
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True)
-        last = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=device)            # (B,)
+        last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
         shown = [item for prompt in prompts for item in prompt.pictures]
         self.tokens += sum(len(prompt.ids) for prompt in prompts)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            states, positions = lm.embed_tokens(ids.to(device)), None                              # (B, L, D)
+            states, positions = lm.embed_tokens(to_device(ids, device)), None                      # (B, L, D)
             if shown:  # pictures take the placeholders; their tokens have positions in time, height and width
                 is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
-                states = states.masked_scatter(is_picture[..., None].to(device), self.features[shown].to(device))
-                grid = self.grid.expand(len(shown), 3)
-                positions = self.vlm.get_rope_index(ids, is_picture.int(), grid)[0].to(device)     # (3, B, L)
+                states = states.masked_scatter(to_device(is_picture[..., None], device),
+                                               to_device(self.features[shown], device))
+                positions = self.vlm.get_rope_index(ids, is_picture.int(), self.grid.expand(len(shown), 3))[0]
+                positions = to_device(positions, device)                                           # (3, B, L)
             # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
             states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
         return last_token(states, last)                                                            # (B, D)
@@ -303,12 +311,12 @@ class Encoder:
         """Embeddings (n, D) on the CPU of any number of histories (a single item: a list of one), without dropout."""
         self.vlm.eval()
         prompts = [self.prompt(items, modality) for items in histories]
-        out = torch.empty(len(prompts), self.vlm.config.text_config.hidden_size)
-        with bar(total=len(prompts), desc=f"embed {modality}") as progress:
-            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], EMBED_TOKENS[self.device.type]):
-                out[rows] = self([prompts[row] for row in rows]).cpu()
+        out = torch.empty(len(prompts), self.vlm.config.text_config.hidden_size, device=self.device)
+        with folded_lora(self.vlm), bar(total=len(prompts), desc=f"embed {modality}") as progress:
+            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]):
+                out[to_device(torch.tensor(rows), self.device)] = self.forward_pass([prompts[row] for row in rows])
                 progress.update(len(rows))
-        return out
+        return out.cpu()
 
     def embed_fused(self, histories: list[list[int]], modalities: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Each modality's embeddings (n, D) and, as "fused", their sum (Eq. 2)."""
@@ -322,15 +330,41 @@ def last_token(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
 
 
 def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
-    """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens."""
-    rows = []
+    """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens, and
+    at most PADDING of them are padding."""
+    rows, tokens = [], 0
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if rows and (len(rows) + 1) * lengths[row] > budget:
+        padded = (len(rows) + 1) * lengths[row]
+        if rows and (padded > budget or padded - tokens - lengths[row] > PADDING):
             yield rows
-            rows = []
+            rows, tokens = [], 0
         rows.append(row)
+        tokens += lengths[row]
     if rows:
         yield rows
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU on `device`, without waiting for what the device is still computing."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+@contextlib.contextmanager
+def folded_lora(vlm) -> Iterator[None]:
+    """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
+    the bit. Not in bfloat16, which would round small updates away."""
+    layers = [layer for layer in vlm.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)
+              and not layer.disable_adapters and layer.weight.dtype == torch.float32]
+    weights = [layer.weight.data for layer in layers]
+    for layer in layers:
+        layer.weight.data = layer.weight.data.clone()
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights):
+            layer.unmerge()
+            layer.weight.data = weight
 
 
 def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -611,12 +645,13 @@ def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, s
     encoder.vlm.train()
     for users in batches:
         histories, targets, bought = zip(*(samples[user] for user in users))
-        z = fuse({modality: encoder([encoder.prompt(history, modality) for history in histories])
-                  for modality in method.modalities})                                              # (B, D) each
-        items = [encoder.prompt([item], modality) for modality in method.modalities for item in targets]
-        e = fuse(dict(zip(method.modalities, encoder(items).split(len(users)))))  # short prompts: one pass for all
+        prompts = [encoder.prompt(items, modality) for modality in method.modalities
+                   for items in (*histories, *([target] for target in targets))]
+        states = encoder(prompts).view(len(method.modalities), 2, len(users), -1)                  # (2, 2, B, D)
+        z = fuse(dict(zip(method.modalities, states[:, 0])))                                       # (B, D) each
+        e = fuse(dict(zip(method.modalities, states[:, 1])))
         bought = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, bought)), batch_first=True, padding_value=-1)
-        negatives = in_batch_negatives(torch.tensor(targets), bought).to(encoder.device)           # (B, B)
+        negatives = to_device(in_batch_negatives(torch.tensor(targets), bought), encoder.device)   # (B, B)
         alpha, beta = penalty()
 
         loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
