@@ -41,7 +41,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Callable, Iterator, NamedTuple
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 
 CORE = 5                    # every user and every item has at least so many interactions (Section 5.1.1)
@@ -143,11 +143,14 @@ def read_interactions(folder: Path, items: dict) -> dict[str, list[tuple[str, fl
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
-    """Decode a picture's first frame to RGB, on white where it is transparent. Raises OSError or ValueError if it is
-    damaged or has over MAX_PIXELS."""
+    """Decode a picture's first frame to RGB, upright, on white where it is transparent. Raises OSError or ValueError if
+    it is damaged or has over MAX_PIXELS."""
     with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are over {MAX_PIXELS:,}")
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
+            picture = picture.point(lambda value: value / 256)
         if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -282,6 +285,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def whole_file(path: Path, tag: str = "") -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place if the block ends well, and vanishes if it does not."""
+    partial = path.with_name(f"{path.name}{tag}.part")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:  # a write that fails does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how.
     Raises InputError if it is not there and cannot be made."""
@@ -381,8 +397,8 @@ def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Ima
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
-    """Write an RFC 4180 file in UTF-8."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
+    """Write an RFC 4180 file in UTF-8, which appears when it is whole."""
+    with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
 
@@ -591,9 +607,8 @@ def fetch_picture(address: str, path: Path, hosts: set[str]) -> str:
         return "too many pixels" if "pixels" in str(error) else "not a picture"
     if min(picture.size) < 2:
         return "picture of a single pixel"
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with whole_file(path) as partial:
+        partial.write_bytes(content)
     return ""
 
 
@@ -657,15 +672,9 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
         part.unlink()
     dropped = [[item, reason, about[item][1]] for item, reason in sorted(reasons.items())]
     items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
-    write_whole(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
-    write_whole(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], final)  # in the archive's order
-    write_whole(folder / "items.csv", ["item_id", "title", "image"], items)  # last: where it is, the domain is whole
-
-
-def write_whole(path: Path, header: list[str], rows: list) -> None:
-    """Write a CSV file that appears when it is whole."""
-    write_csv(path.with_name(path.name + ".part"), header, rows)
-    os.replace(path.with_name(path.name + ".part"), path)
+    write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
+    write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], final)  # in the archive's order
+    write_csv(folder / "items.csv", ["item_id", "title", "image"], items)  # last: where it is, the domain is whole
 
 
 def keep_core(reviews: list[tuple], items: set[str]) -> list[tuple]:

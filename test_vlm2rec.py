@@ -17,6 +17,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -853,7 +854,7 @@ def finished(home):
 
 def test_a_run_writes_what_the_design_says(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv"]
+        "adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv", "table.md"]
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics) == ["domain", "method", "seed", "model", "users", "items",
                              "test", "test_full", "test_untied", "valid"]
@@ -865,12 +866,12 @@ def test_a_run_writes_what_the_design_says(finished):
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [*range(10, metrics["users"] // 8, 10), metrics["users"] // 8]
     for line in log:
-        assert {"gap", "weight", "alpha", "beta", "norm_ratio", "users_per_s", "tokens_per_s", "peak_gib"} < set(line)
+        assert {"gap", "weight", "alpha", "beta", "norm_ratio", "grad_norm", "users_per_s", "tokens_per_s", "peak_gib",
+                "minutes_left"} < set(line)
         assert line["loss"] == pytest.approx(line["wpcl"] + 0.5 * line["crtr"], abs=1e-4)
     config = json.loads((finished / "config.json").read_text())
     assert config["lr"] == 1e-3 and config["lora_rank"] == 16
-    assert {"versions", "data_digest", "source_digest"} < set(config)
-    assert not list(finished.parent.glob("*.partial"))
+    assert {"torch", "transformers", "peft", "data_digest", "source_digest"} < set(config)
     assert len(list(finished.parent.glob("features-*.safetensors"))) == 1
 
 
@@ -937,27 +938,152 @@ def test_peft_and_transformers_alone_reproduce_the_item_embeddings(finished, hom
             assert stored[name].dtype == torch.float32 and (stored[name][k] - e).abs().max() < 1e-5
 
 
-def test_a_rerun_that_fails_leaves_the_finished_run_alone(finished, home, monkeypatch):
-    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+def contents(folder):
+    """Every file of a run's folder; of config.json without --out, of log.jsonl without what clock and machine say."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files["config.json"] = {key: value for key, value in json.loads(files["config.json"]).items() if key != "out"}
+    timeless = lambda line: {key: value for key, value in json.loads(line).items()
+                             if key not in ("users_per_s", "tokens_per_s", "peak_gib", "minutes_left")}
+    return files | {"log.jsonl": [timeless(line) for line in files["log.jsonl"].splitlines()]}
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished, home, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with contextlib.chdir(home):
-        monkeypatch.setattr(vlm2rec, "write_results", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert command("--epochs", 1) == 130
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
+        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10) == 0
+    shown = capsys.readouterr().out
+    assert "is finished since 20" in shown and (finished / "table.md").read_text() in shown
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
-@pytest.mark.parametrize("left", [["final", "previous"], ["previous"], ["previous", "partial"]])
-def test_a_run_killed_while_it_moved_its_results_harms_no_later_one(tmp_path, left):
-    final = tmp_path / "run"
-    for name in left:
-        folder = final if name == "final" else tmp_path / f"run.{name}"
-        folder.mkdir()
-        (folder / "metrics.json").write_text(name)
-    with contextlib.suppress(KeyboardInterrupt), vlm2rec.results_folder(final) as folder:
-        raise KeyboardInterrupt
-    assert (final / "metrics.json").read_text() == left[0]       # the best that there was is still there
-    with vlm2rec.results_folder(final) as folder:
-        (folder / "metrics.json").write_text("new")
-    assert (final / "metrics.json").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["run"]
+def test_other_settings_are_named_and_nothing_is_touched_until_restart(finished, home, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "sample" / finished.name)
+    folder = tmp_path / "sample" / finished.name
+    before, flags = contents(folder), ["--epochs", 1, "--out", tmp_path, "--log-every", 10, "--lam", 0.25]
+    with contextlib.chdir(home):
+        assert command(*flags) == 2
+        error = capsys.readouterr().err.strip()
+        assert "lam was 0.5, now 0.25. --restart replaces it" in error and "\n" not in error
+        assert contents(folder) == before
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace("data_digest", "odd"))
+        assert command(*flags) == 2 and "data_digest was None, now" in capsys.readouterr().err
+        assert command(*flags, "--restart") == 0
+    assert contents(folder)["metrics.json"] != before["metrics.json"] and set(contents(folder)) == set(before)
+
+
+def start(home, out, *flags):
+    """The finished run as a process of its own, in another folder of results."""
+    command = [sys.executable, HERE / "vlm2rec.py", "--epochs", "2", "--log-every", "10", "--save-every", "10",
+               "--out", out, *flags]
+    return subprocess.Popen(list(map(str, command)), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def calm(home, tmp_path_factory):
+    """A run of two epochs that nobody disturbs: its files, and how long it took."""
+    out, began = tmp_path_factory.mktemp("calm"), time.monotonic()
+    assert start(home, out).wait() == 0
+    return contents(out / "sample" / "vlm2rec-seed0"), time.monotonic() - began
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_files(calm, home, tmp_path):
+    """SIGKILL at moments spread over the run: adapter, ranks, metrics and log are equal."""
+    files, seconds = calm
+    for share in (0.6, 0.7, 0.8):
+        process = start(home, tmp_path)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=share * seconds)
+        process.kill()
+        process.communicate()
+    assert start(home, tmp_path).wait() == 0
+    assert contents(tmp_path / "sample" / "vlm2rec-seed0") == files
+    assert {path.name for path in (tmp_path / "sample").iterdir() if path.suffix != ".safetensors"} == {"vlm2rec-seed0"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(calm, home, tmp_path, number):
+    folder = tmp_path / "sample" / "vlm2rec-seed0"
+    process = start(home, tmp_path, "--save-every", "1000")          # so that only the signal can have saved
+    while not (folder / "log.jsonl").exists():                       # step 10 is behind it
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert "the same command goes on from here" in process.communicate()[1] and process.returncode == 130
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert 10 <= step < 40
+    process = start(home, tmp_path, "--save-every", "1000")
+    assert f"going on after step {step} of" in process.communicate()[0] and process.returncode == 0
+    for name in ("metrics.json", "ranks.csv", "adapter/adapter_model.safetensors"):
+        assert contents(folder)[name] == calm[0][name]
+
+
+def test_of_two_runs_in_one_folder_the_second_leaves_the_first_alone(finished, home, capsys):
+    before = contents(finished)
+    with contextlib.chdir(home), vlm2rec.locked(finished):
+        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10, "--restart") == 2
+    assert "another run is at work there" in capsys.readouterr().err and contents(finished) == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, home, tmp_path):
+    """A limit on the size of a file stands for the disk: the second checkpoint does not fit, the first one stays."""
+    folder = tmp_path / "sample" / "vlm2rec-seed0"
+    process = start(home, tmp_path)
+    while not (folder / "checkpoint.pt").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    kept = (folder / "checkpoint.pt").read_bytes()
+    code = (f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import vlm2rec; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(vlm2rec.main(sys.argv[1:]))")
+    process = subprocess.run([sys.executable, "-c", code, "--epochs", "2", "--log-every", "10", "--save-every", "10",
+                              "--out", tmp_path], cwd=home, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.strip().endswith(f"File too large: '{folder / 'checkpoint.pt'}'")
+    assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
+    assert start(home, tmp_path).wait() == 0
+    assert contents(folder) == calm[0]
+
+
+def test_a_damaged_checkpoint_and_a_folder_that_cannot_be_written_get_one_line(home, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with contextlib.chdir(home):
+        assert command("--epochs", 1, "--out", tmp_path / "file") == 2
+        error = capsys.readouterr().err.strip()
+        assert "Not a directory" in error and str(tmp_path / "file") in error
+        monkey = vlm2rec.train_epoch
+        try:
+            vlm2rec.train_epoch = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            assert command("--epochs", 1, "--out", tmp_path) == 130
+        finally:
+            vlm2rec.train_epoch = monkey
+        (tmp_path / "sample" / "vlm2rec-seed0" / "checkpoint.pt").write_bytes(b"PK half of it")
+        assert command("--epochs", 1, "--out", tmp_path) == 2
+    assert re.search(r"checkpoint.pt is damaged .*; --restart begins anew", capsys.readouterr().err)
+
+
+def test_out_of_memory_gets_one_line(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(vlm2rec.Encoder, "forward_pass", lambda *args: torch.empty(10**15))
+    with contextlib.chdir(home):
+        assert command("--epochs", 1, "--out", tmp_path) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for text in ("out of memory, at a peak of ", "--checkpointing on", "--batch (fewer negatives)"):
+        assert text in error
+
+
+def test_a_gradient_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good_checkpoint(
+        home, tmp_path, monkeypatch, capsys):
+    """The loss stays finite: only the slope of a square root at 0 is not."""
+    calls, objective = [], vlm2rec.objective
+
+    def spoilt(method, z, *args):
+        loss, terms = objective(method, z, *args)
+        calls.append(1)
+        return loss + ((z["text"].sum() * 0).sqrt() if len(calls) == 13 else 0), terms
+    monkeypatch.setattr(vlm2rec, "objective", spoilt)
+    with contextlib.chdir(home):
+        assert command("--epochs", 1, "--out", tmp_path, "--save-every", 10, "--log-every", 5) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: step 13 is the first that is not finite: {'loss': ") and "'grad_norm': nan" in error
+    saved = torch.load(tmp_path / "sample" / "vlm2rec-seed0" / "checkpoint.pt", weights_only=True)
+    assert saved["step"] == 10 and all(weight.isfinite().all() for weight in saved["lora"].values())
 
 
 def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
@@ -965,7 +1091,7 @@ def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
         assert command("--epochs", 1, "--lr", "1e30", "--out", tmp_path) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.fullmatch(r"error: step \d+ is the first that is not finite: .*lower --lr.*", error)
-    assert not (tmp_path / "sample" / "vlm2rec-seed0").exists()
+    assert not (tmp_path / "sample" / "vlm2rec-seed0" / "table.md").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1057,7 +1183,7 @@ def test_a_bad_flag_gets_one_clear_line(flags, expected, home, tmp_path, capsys)
         assert command(*flags, "--out", tmp_path / "out") == 2
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and expected in errors[0], errors
-    assert not (tmp_path / "out").exists()
+    assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

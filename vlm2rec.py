@@ -37,15 +37,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import platform
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -59,6 +62,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 import data
 from data import Domain, InputError
 
@@ -66,6 +74,8 @@ LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names w
 TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
 PASS_TOKENS = {"cuda": 16_384, "cpu": 1_400}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
 PADDING = 256          # tokens of padding in a forward pass that cost as much as another pass
+
+CHECKPOINT, TABLE = "checkpoint.pt", "table.md"  # in the folder of a run
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -124,9 +134,12 @@ class Config:
     lora_dropout: float = option(0.2, "dropout in front of LoRA")
     checkpointing: str = option("on", "gradient checkpointing; off: faster, more memory", choices=["on", "off"])
     log_every: int = option(50, "steps between two lines of the log")
+    save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch")
+    restart: bool = option(False, "replace an earlier run, or what is left of it, instead of going on with it")
 
     def __post_init__(self):
-        for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1, seed=0).items():
+        for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1, save_every=1,
+                                seed=0).items():
             if not least <= getattr(self, name) < 2**31:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: it has to be at least {least}")
         if self.image_size < 28 or self.image_size % 28:
@@ -146,9 +159,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
                                      description=__doc__.split("\n\n")[1], epilog="; ".join(brought))
     for field in dataclasses.fields(Config):
         choices = field.metadata.get("choices")
-        parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})",
-                            type={"str": str, "int": int, "float": float}[field.type],
-                            choices=choices, metavar=None if choices else field.type)
+        kind = dict(action="store_true") if field.type == "bool" else dict(
+            type={"str": str, "int": int, "float": float}[field.type], choices=choices,
+            metavar=None if choices else field.type)
+        parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})", **kind)
     given = vars(parser.parse_args(argv))
     by_domain = DOMAIN_DEFAULTS.get(given.get("domain", Config.domain), {})
     by_model = MODEL_DEFAULTS.get((by_domain | given).get("model"), {})
@@ -258,9 +272,8 @@ def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: in
     if not path.exists():
         features = encode_pictures(vlm, processor, domain.pictures, image_size)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")  # another run may be at it too
-        safetensors.torch.save_file({"features": features}, partial)
-        os.replace(partial, path)  # so that an interrupted file is never taken for a whole one
+        with data.whole_file(path, f".{os.getpid()}") as partial:  # another run may be at it too
+            safetensors.torch.save_file({"features": features}, partial)
     return safetensors.torch.load_file(path)["features"]
 
 
@@ -640,8 +653,9 @@ def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list
 
 
 def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list[tuple],
-                batches: list[list[int]], log, tau: float, tau_crtr: float, lam: float) -> None:
-    """One pass over the batches. `samples` holds (history, target, all items bought before the target) per user."""
+                batches: list[list[int]], after_step, tau: float, tau_crtr: float, lam: float) -> None:
+    """One pass over the batches. `samples` holds (history, target, all items bought before the target) per user;
+    `after_step` takes the step's terms, users and tokens."""
     encoder.vlm.train()
     for users in batches:
         histories, targets, bought = zip(*(samples[user] for user in users))
@@ -656,6 +670,8 @@ def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, s
 
         loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
         loss.backward()
+        terms["grad_norm"] = torch.nn.utils.get_total_norm(
+            [weight.grad for weight in optimizer.param_groups[0]["params"]])
         optimizer.step()
         optimizer.zero_grad()
 
@@ -663,34 +679,39 @@ def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, s
             terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
         if method.contrast == "wpcl":
             terms |= {"alpha": alpha, "beta": beta}
-        log(terms, len(users), encoder.tokens)
+        after_step(terms, len(users), encoder.tokens)
 
 
 def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
-    """Train as `config` says; leave the epoch with the best validation N@10 in the encoder and return its scores."""
+    """Train as `config` says, from the checkpoint in `folder` if there is one; leave the epoch with the best validation
+    N@10 in the encoder and return its scores."""
     method, penalty = METHODS[config.method], Penalty().to(encoder.device)
     penalty.requires_grad_(config.penalty_lr > 0)
-    optimizer = torch.optim.AdamW([{"params": [p for p in adapted.parameters() if p.requires_grad], "lr": config.lr},
+    lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
+    optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
     valid = make_evaluation(domain, "valid", config.history, config.seed)
-    log = Log(folder / "log.jsonl", config.log_every, config.epochs * (len(samples) // config.batch))
-    best, kept = {"N@10": -1.0}, {}
-    for epoch in range(1, config.epochs + 1):
-        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)
+    steps = len(samples) // config.batch  # in an epoch
+    log = Log(folder / "log.jsonl", config.log_every, config.epochs * steps)
+    checkpoint = Checkpoint(folder / CHECKPOINT, config.save_every, log, optimizer, lora, penalty)
+    for epoch in range(max(1, math.ceil(log.step / steps)), config.epochs + 1):
+        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)[log.step - (epoch - 1) * steps:]
         log.start(epoch, encoder.tokens)
-        train_epoch(encoder, method, penalty, optimizer, samples, batches, log, config.tau, config.tau_crtr, config.lam)
-        log.write(encoder.tokens)
+        with checkpoint.stopping_after_a_step():
+            train_epoch(encoder, method, penalty, optimizer, samples, batches, checkpoint.after_step,
+                        config.tau, config.tau_crtr, config.lam)
+        checkpoint.save(encoder.tokens)
         ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
         scores = hits_and_ndcg(ranks)
         tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
-        if scores["N@10"] > best["N@10"]:
-            best = scores
-            weights = peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)
-            kept = {name: weight.clone() for name, weight in weights.items()}
+        if scores["N@10"] > checkpoint.best["N@10"]:
+            checkpoint.best, checkpoint.kept = scores, copy.deepcopy(lora.state_dict())
     log.bar.close()
-    peft.set_peft_model_state_dict(adapted, kept)
-    return best
+    if log.seconds:
+        print(f"{sum(log.seconds) / len(log.seconds) * steps / 60:.3g} minutes per epoch of training")
+    lora.load_state_dict(checkpoint.kept)
+    return checkpoint.best
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -705,7 +726,7 @@ class Log:
     """
 
     def __init__(self, path: Path, every: int, steps: int):
-        self.path, self.every, self.step, self.pending = path, every, 0, []
+        self.path, self.every, self.steps, self.step, self.pending, self.seconds = path, every, steps, 0, [], []
         self.bar = bar(total=steps, desc="train", unit="step")
 
     def start(self, epoch: int, tokens: int) -> None:
@@ -716,7 +737,7 @@ class Log:
         """Note a step's terms (scalars) and its number of users."""
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
         self.names, self.step, self.users = list(terms), self.step + 1, self.users + users
-        self.bar.update()
+        self.bar.update(self.step - self.bar.n)
         if self.step % self.every == 0:
             self.write(tokens)
 
@@ -730,14 +751,76 @@ class Log:
             raise FloatingPointError(f"step {self.step - len(values) + at + 1} is the first that is not finite: "
                                      f"{dict(zip(self.names, values[at].tolist()))}; lower --lr or raise --tau")
         seconds, device = time.perf_counter() - self.clock, self.pending[0].device.type
+        self.seconds += [seconds / len(values)] * len(values)                        # of each step
         means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
         line = {"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(self.users / seconds, 2),
-                "tokens_per_s": round((tokens - self.tokens) / seconds), "peak_gib": round(peak_gib(device), 3)}
+                "tokens_per_s": round((tokens - self.tokens) / seconds), "peak_gib": round(peak_gib(device), 3),
+                "minutes_left": round((self.steps - self.step) * self.seconds[-1] / 60, 1)}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
         self.pending = []
         self.start(self.epoch, tokens)
+
+
+class Checkpoint:
+    """A file with all that a killed run needs to go on to the same numbers, on a CPU to the bit.
+
+    It is written whole or not at all; the one before it stays until then. If there is one, it is taken up at once.
+    """
+
+    def __init__(self, path: Path, every: int, log: Log, optimizer, lora: torch.nn.Module, penalty: torch.nn.Module):
+        self.path, self.every, self.log, self.stop = path, every, log, False
+        self.parts = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
+        self.best, self.kept = {"N@10": -1.0}, {}  # the best epoch's scores on validation, and its LoRA
+        if path.exists():
+            self.restore()
+
+    def after_step(self, terms: dict[str, torch.Tensor], users: int, tokens: int) -> None:
+        """Log a step; save when it is time to, or when the run is to stop."""
+        self.log(terms, users, tokens)
+        if self.stop or self.log.step % self.every == 0:
+            self.save(tokens)
+
+    def save(self, tokens: int) -> None:
+        """Write the checkpoint; raise KeyboardInterrupt then if the run is to stop. Raises FloatingPointError instead
+        if a step since the last checkpoint was not finite."""
+        self.log.write(tokens)
+        content, gpu = io.BytesIO(), torch.cuda.is_initialized()
+        torch.save({name: part.state_dict() for name, part in self.parts.items()} | {
+            "best": self.best, "kept": self.kept, "step": self.log.step, "log": self.log.path.stat().st_size,
+            "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state() if gpu else None}, content)
+        with data.whole_file(self.path) as partial:
+            partial.write_bytes(content.getbuffer())
+        if self.stop:
+            raise KeyboardInterrupt
+
+    def restore(self) -> None:
+        """Go back to the checkpoint. Raises InputError if it is damaged."""
+        try:
+            saved = torch.load(self.path, weights_only=True, map_location="cpu")
+        except Exception as error:  # a damaged zip file has many ways to fail
+            raise InputError(f"{self.path} is damaged ({type(error).__name__}); --restart begins anew") from None
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        self.best, self.kept, self.log.step = saved["best"], saved["kept"], saved["step"]
+        os.truncate(self.log.path, saved["log"])
+        torch.set_rng_state(saved["random"])
+        if saved["random_gpu"] is not None:
+            torch.cuda.set_rng_state(saved["random_gpu"])
+        print(f"going on after step {self.log.step} of {self.log.steps}")
+
+    @contextlib.contextmanager
+    def stopping_after_a_step(self) -> Iterator[None]:
+        """While the block runs, Ctrl-C and SIGTERM let the step end and be saved."""
+        def ask(number, frame):
+            self.stop = True
+        handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def peak_gib(device: str) -> float:
@@ -757,16 +840,17 @@ def format_scores(scores: dict[str, float | None]) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write readable JSON."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write readable JSON, which appears when it is whole."""
+    with data.whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def settings(config: Config, domain: Domain) -> dict:
+def settings(config: Config, domain: Domain, device: str) -> dict:
     """config.json: every setting, the versions and digests of data and source."""
     sources = b"".join(Path(file).read_bytes() for file in (__file__, data.__file__))
     versions = {"python": platform.python_version(), "pillow": PIL.__version__,
                 **{package.__name__: package.__version__ for package in (torch, transformers, peft)}}
-    return {**dataclasses.asdict(config), "versions": versions, "data_digest": domain.digest,
+    return {**dataclasses.asdict(config), "device": device, **versions, "data_digest": domain.digest,
             "source_digest": hashlib.blake2b(sources, digest_size=16).hexdigest()}
 
 
@@ -780,16 +864,18 @@ def write_results(folder: Path, domain: Domain, test: Evaluation, ranks: torch.T
     write_json(folder / "metrics.json", metrics)
 
 
-def print_table(rows: dict[str, dict]) -> None:
+def as_table(rows: dict[str, dict]) -> str:
     """The final table, ready to paste into Markdown."""
     columns = list(chance())
-    print("\n| " + " | ".join(["test", *columns]) + " |\n|" + "---|" * (1 + len(columns)))
+    lines = ["| " + " | ".join(["test", *columns]) + " |", "|" + "---|" * (1 + len(columns))]
     for name, scores in rows.items():
-        print("| " + " | ".join([name, *("-" if scores[c] is None else f"{scores[c]:.4f}" for c in columns)]) + " |")
+        lines.append("| " + " | ".join([name, *("-" if scores[c] is None else f"{scores[c]:.4f}" for c in columns)])
+                     + " |")
+    return "\n".join(lines)
 
 
-def set_up(config: Config) -> tuple[Domain, Encoder]:
-    """The domain and the encoder that `config` asks for, made or loaded; says what they are."""
+def set_up(config: Config) -> tuple[Domain, str, str]:
+    """The domain, the model and the device that `config` asks for, made if need be; says what they are."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -800,62 +886,100 @@ def set_up(config: Config) -> tuple[Domain, Encoder]:
           f"seed {config.seed}\n{data.describe(domain)}")
     if len(domain.user_ids) < config.batch:
         raise InputError(f"{domain.name} has {len(domain.user_ids)} users, less than one --batch of {config.batch}")
-    cache = Path(config.out, domain.name)
-    return domain, build_encoder(domain, model, config.image_size, cache, config.revision, device)
+    return domain, model, device
 
 
 def run(config: Config) -> None:
-    """Train and evaluate one method with one seed. The folder of the results appears when it is whole."""
-    domain, encoder = set_up(config)
-    method, untied = METHODS[config.method], ~torch.tensor(domain.tied)
-    test = make_evaluation(domain, "test", config.history, config.seed)
-    rows = {"chance": chance(), "popularity": popularity(domain, test)}
-    final = Path(config.out, domain.name, f"{config.method}-seed{config.seed}")
-    with results_folder(final) as folder:
-        write_json(folder / "config.json", settings(config, domain))
-        if method.contrast:
-            torch.manual_seed(config.seed)
-            adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
-                               config.checkpointing == "on")
-            valid = train(encoder, adapted, domain, config, folder)
-            adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-            with adapted.disable_adapter():
-                items = embed_items(encoder, method.modalities, domain)
-                rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
-        items = embed_items(encoder, method.modalities, domain)
-        if not method.contrast:
-            untrained = make_evaluation(domain, "valid", config.history, config.seed)
-            valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
+    """Train and evaluate one method with one seed, or go on with it, or show its table if that is there already. Raises
+    InputError, which names what differs, if the folder holds a run with other settings."""
+    domain, model, device = set_up(config)
+    folder = Path(config.out, domain.name, f"{config.method}-seed{config.seed}")
+    wanted = settings(config, domain, device)
+    with locked(folder):
+        made = {} if config.restart else earlier_settings(folder, wanted)
+        if made and (table := folder / TABLE).exists():  # the last file that a run writes
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
+            print(f"\n{folder} is finished since {when}; --restart repeats it\n\n{table.read_text('utf-8')}")
+            return
+        encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
+        if not made:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+            for path in folder.iterdir():
+                path.unlink()
+            write_json(folder / "config.json", wanted)
+        table = train_and_test(config, domain, encoder, folder)
+        with data.whole_file(folder / TABLE) as partial:
+            partial.write_text(table + "\n", encoding="utf-8")
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    print(f"\n{table}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
 
-        ranks, full = evaluate(encoder, method.modalities, items, test)
-        scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
-                  "test_untied": hits_and_ndcg(ranks[untied])}
-        about = {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
-                 "users": len(domain.user_ids), "items": len(domain.item_ids)}
-        write_results(folder, domain, test, ranks, full, items, {**about, **scores, "valid": valid})
-    rows[config.method] = scores["test"]
-    rows[f"{config.method}, the {int(untied.sum()):,} users without a tie"] = scores["test_untied"]
-    rows[f"{config.method}, against all {len(domain.item_ids):,} items"] = scores["test_full"]
-    print_table(rows)
-    print(f"\nwrote {final}: " + ", ".join(sorted(path.name for path in final.iterdir())))
+
+def earlier_settings(folder: Path, wanted: dict) -> dict:
+    """The settings of the run in `folder`, {} if there is none. Raises InputError if they are not those `wanted`, apart
+    from where things lie."""
+    try:
+        made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        made = {}
+    differing = [f"{name} was {made.get(name)!r}, now {wanted[name]!r}" for name in wanted
+                 if made.get(name) != wanted[name] and name not in ("domain", "data_dir", "mirror", "out", "restart")]
+    if differing:
+        raise InputError(f"{folder} holds a run with other settings: {'; '.join(differing)}. --restart replaces it, "
+                         "another --out leaves it alone")
+    return made
 
 
 @contextlib.contextmanager
-def results_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its place when the block ends well. If not, it stays for its log, and what was
-    in `final` before stays too."""
-    folder, previous = final.with_name(final.name + ".partial"), final.with_name(final.name + ".previous")
-    if previous.exists():  # an earlier run was killed while it moved its results
-        shutil.rmtree(previous) if final.exists() else os.rename(previous, final)
-    if final.exists():
-        print(f"{final} will be replaced when this run is whole")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    yield folder
-    if final.exists():
-        os.rename(final, previous)
-    os.rename(folder, final)
-    shutil.rmtree(previous, ignore_errors=True)
+def locked(folder: Path) -> Iterator[None]:
+    """Make a folder if need be and keep other processes that ask for the same out of it while the block runs; the lock
+    dies with the process. Raises InputError if another one holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"{folder}: another run is at work there; let it end, or take another --out") from None
+    finally:
+        if fcntl:
+            os.close(handle)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if nothing was written
+
+
+def train_and_test(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
+    """Train if the method does, score the test split, write the results into `folder` and return their table."""
+    method, untied = METHODS[config.method], ~torch.tensor(domain.tied)
+    test = make_evaluation(domain, "test", config.history, config.seed)
+    rows = {"chance": chance(), "popularity": popularity(domain, test)}
+    if method.contrast:
+        torch.manual_seed(config.seed)
+        adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
+                           config.checkpointing == "on")
+        valid = train(encoder, adapted, domain, config, folder)
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        with adapted.disable_adapter():
+            items = embed_items(encoder, method.modalities, domain)
+            rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
+    clock = time.perf_counter()
+    items = embed_items(encoder, method.modalities, domain)
+    print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
+          f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
+    if not method.contrast:
+        untrained = make_evaluation(domain, "valid", config.history, config.seed)
+        valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
+    ranks, full = evaluate(encoder, method.modalities, items, test)
+    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
+    about = {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
+             "users": len(domain.user_ids), "items": len(domain.item_ids)}
+    write_results(folder, domain, test, ranks, full, items, {**about, **scores, "valid": valid})
+    return as_table(rows | {
+        config.method: scores["test"],
+        f"{config.method}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
+        f"{config.method}, against all {len(domain.item_ids):,} items": scores["test_full"]})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -864,22 +988,26 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run(parse_config(argv))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("error: the GPU's memory is full; turn down --batch, --history or --image-size, or take "
-              "--checkpointing on; each but the last changes the results", file=sys.stderr)
-        return 2
+    except (InputError, OSError, safetensors.SafetensorError) as error:
+        message, code = str(error), 2
+    except (RuntimeError, MemoryError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not (on_gpu or isinstance(error, MemoryError) or "allocate memory" in str(error)):
+            raise
+        message, code = (f"out of memory, at a peak of {peak_gib('cuda' if on_gpu else 'cpu'):.1f} GiB; these need less: "
+                         "--checkpointing on (no other results), a smaller --image-size (less of each picture), a "
+                         "shorter --history (less of each user), a smaller --batch (fewer negatives)"), 2
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        message, code = f"{error}; the last good checkpoint stays", 1
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    return 0
+        message, code = "stopped; the same command goes on from here", 130
+    else:
+        return 0
+    print(f"error: {message}" if code != 130 else f"\n{message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
