@@ -35,6 +35,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,10 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
             header = next(rows, [])
-            if missing := [name for name in columns if name not in header]:
-                raise InputError(f"{path}, line 1: no column {', '.join(missing)}; "
-                                 f"the header has to name {','.join(columns)}")
+            for name in columns:
+                if header.count(name) != 1:
+                    raise InputError(f"{path}, line 1: {'more than one' if name in header else 'no'} column {name}; "
+                                     f"the header has to name {','.join(columns)}")
             where = [header.index(name) for name in columns]
             for row in rows:
                 if row and len(row) != len(header):
@@ -195,7 +197,8 @@ def read_domain(folder: str | Path) -> Domain:
     items = read_items(folder)
     events = read_interactions(folder, items)
     titled = [item for item, (title, _) in items.items() if title]
-    with concurrent.futures.ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+    with concurrent.futures.ThreadPoolExecutor() as pool, warnings.catch_warnings():  # Pillow decodes without the GIL
+        warnings.simplefilter("ignore")  # of huge pictures: load_picture refuses them
         checks = pool.map(picture_digest, (items[item][1] for item in titled))
         digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, disable=None)))
     usable = {item for item, digest in digests.items() if digest}

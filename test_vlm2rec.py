@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -111,28 +112,30 @@ def add(a, b):
 
 
 def loop_loss(name, t, negatives, strong):
-    """One of the losses by name, from a dict of nested lists."""
+    """One of the losses by name, or the total of an ablation, from a dict of nested lists."""
     z, e = add(t["z_text"], t["z_vision"]), add(t["e_text"], t["e_vision"])
     space = [t[key] for key in SPACE]
-    weight = loop_weight(*space, negatives, t["alpha"], t["beta"], strong)
-    terms = {"infonce": loop_contrast(z, e, negatives, TAU, [1.0] * B),
-             "wpcl": loop_contrast(z, e, negatives, TAU, weight),
-             "crtr": loop_topology(*space, TAU_CRTR)}
-    return terms["wpcl"] + LAM * terms["crtr"] if name == "total" else terms[name]
+    weight = loop_weight(*space, negatives, t["alpha"], t["beta"], None if name == "no-stopgrad" else strong)
+    infonce, wpcl = loop_contrast(z, e, negatives, TAU, [1.0] * B), loop_contrast(z, e, negatives, TAU, weight)
+    crtr = loop_topology(*space, TAU_CRTR)
+    return {"infonce": infonce, "wpcl": wpcl, "crtr": crtr, "vlm2rec": wpcl + LAM * crtr, "no-wpcl": LAM * crtr,
+            "no-penalty": infonce + LAM * crtr, "no-stopgrad": wpcl + LAM * crtr, "no-crtr": wpcl}[name]
 
 
 def fast_loss(name, t, negatives):
     """The same through vlm2rec."""
-    method = {"infonce": "sft", "wpcl": "vlm2rec", "crtr": "vlm2rec", "total": "vlm2rec"}[name]
+    method = {"infonce": "sft", "wpcl": "vlm2rec", "crtr": "vlm2rec"}.get(name, name)
     z = vlm2rec.fuse({"text": t["z_text"], "vision": t["z_vision"]})
     e = vlm2rec.fuse({"text": t["e_text"], "vision": t["e_vision"]})
     loss, terms = vlm2rec.objective(vlm2rec.METHODS[method], z, e, negatives, t["alpha"], t["beta"], TAU, TAU_CRTR, LAM)
-    return loss if name == "total" else terms[name]
+    return loss if name == method else terms[name]
 
 
-@pytest.mark.parametrize("name", ["infonce", "wpcl", "crtr", "total"])
+@pytest.mark.parametrize("name", ["infonce", "wpcl", "crtr", "vlm2rec",
+                                  "no-wpcl", "no-penalty", "no-stopgrad", "no-crtr"])
 def test_losses_and_gradients_equal_the_loops(batch, name):
-    """Eqs. 3, 10, 13, 14: the value, and the gradient by central differences with the strong margin fixed."""
+    """Eqs. 3, 10, 13, 14 and the ablations of Table 5: the value, and the gradient by central differences with the
+    strong margin fixed, except where the stop-gradient is what is left out."""
     tensors, negatives = batch
     values = {key: tensor.tolist() for key, tensor in tensors.items()}
     text = loop_margin(values["z_text"], values["e_text"], negatives)
@@ -435,6 +438,15 @@ def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     assert picture.mode == "RGB" and picture.size == (40, 20) and min(picture.getpixel((5, 5))) > 250
 
 
+def test_16_bits_of_grey_stay_grey_and_a_camera_held_upright_gives_an_upright_picture(tmp_path):
+    Image.new("I;16", (40, 20), 40_000).save(tmp_path / "p.png")
+    assert data.load_picture(tmp_path / "p.png").getpixel((5, 5)) == (40_000 // 256,) * 3
+    upright = Image.Exif()
+    upright[0x0112] = 6                                              # Orientation: to be turned by 90 degrees
+    Image.new("RGB", (40, 20)).save(tmp_path / "p.jpg", exif=upright)
+    assert data.load_picture(tmp_path / "p.jpg").size == (20, 40)
+
+
 def test_the_sample_world_is_the_same_every_time_and_each_modality_is_clear_about_one_thing(tmp_path):
     for name in "ab":
         data.write_sample_world(tmp_path / name, users=300, per_cell=3)
@@ -687,12 +699,15 @@ def test_prompts_by_hand(encoder, home):
     shown = "<|vision_start|>" + "<|image_pad|>" * 4 + "<|vision_end|>"       # 56 px: 2 x 2 tokens
     assert tokenizer.decode(encoder.prompt([3, 8], "vision").ids) == f"{shown}\n{shown}<|im_end|>"
     assert encoder.prompt([3, 8], "vision").pictures == [3, 8] and encoder.prompt([3, 8], "text").pictures == []
+    both = encoder.prompt([3, 8], "interleaved")
+    assert tokenizer.decode(both.ids) == f"{domain.titles[3]}\n{shown}\n{domain.titles[8]}\n{shown}<|im_end|>"
+    assert both.pictures == [3, 8]
     odd = vlm2rec.PromptBuilder(tokenizer, ["x" * 500, "a <|image_pad|> title"], 4)
     assert len(odd([0], "text").ids) == vlm2rec.TITLE_TOKENS + 1
     assert odd.picture[1] not in odd([1], "text").ids               # what a title says is text, never a token of ours
 
 
-@pytest.mark.parametrize("modality", ["text", "vision"])
+@pytest.mark.parametrize("modality", ["text", "vision", "interleaved"])
 def test_the_encoder_equals_the_models_own_forward_pass(encoder, home, modality):
     """Against the usual recipe: pixels through the vision tower, padding on the left with a mask, the last state."""
     with_lora(encoder)
@@ -707,7 +722,7 @@ def test_the_encoder_equals_the_models_own_forward_pass(encoder, home, modality)
     ids = torch.tensor([[0] * (longest - len(prompt.ids)) + prompt.ids for prompt in batch])
     mask = torch.tensor([[0] * (longest - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
     inputs = {}
-    if modality == "vision":
+    if modality != "text":
         pictures = [Image.open(domain.pictures[item]).resize((56, 56)) for history in HISTORIES for item in history]
         inputs = dict(processor(images=pictures, do_resize=False, return_tensors="pt"),
                       mm_token_type_ids=(ids == whole.config.image_token_id).int())
@@ -894,21 +909,23 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, h
     assert (tmp_path / "sample" / "vlm2rec-seed0" / "ranks.csv").read_bytes() == (finished / "ranks.csv").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["vanilla", "sft", "text", "vision"])
+@pytest.mark.parametrize("method", [name for name in vlm2rec.METHODS if name != "vlm2rec"])
 def test_the_other_methods(home, finished, method, capsys):
     with contextlib.chdir(home):
         assert command("--method", method, "--epochs", 1) == 0
     folder = finished.with_name(f"{method}-seed0")
     items = safetensors.torch.load_file(folder / "items.safetensors")
-    assert set(items) == {"vanilla": {"text", "vision", "fused"}, "sft": {"text", "vision", "fused"},
-                          "text": {"text", "fused"}, "vision": {"vision", "fused"}}[method]
+    assert set(items) == {"text": {"text", "fused"}, "vision": {"vision", "fused"}, "internal": {"fused"}}.get(
+        method, {"text", "vision", "fused"})
     assert (folder / "adapter").exists() == (method != "vanilla")
     table = capsys.readouterr().out
     for row in ("| chance | 0.0990 | 0.0450 |", "| popularity |", f"| {method} |", "wrote runs"):
         assert row in table
     if method != "vanilla":
         terms = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-        assert "infonce" in terms and not {"wpcl", "crtr", "alpha"} & set(terms)
+        assert {"infonce", "wpcl", "crtr", "alpha"} & set(terms) == {
+            "no-wpcl": {"crtr"}, "no-penalty": {"infonce", "crtr"}, "no-stopgrad": {"wpcl", "crtr", "alpha"},
+            "no-crtr": {"wpcl", "alpha"}}.get(method, {"infonce"})
 
 
 def test_peft_and_transformers_alone_reproduce_the_item_embeddings(finished, home):
@@ -975,7 +992,8 @@ def start(home, out, *flags):
     """The finished run as a process of its own, in another folder of results."""
     command = [sys.executable, HERE / "vlm2rec.py", "--epochs", "2", "--log-every", "10", "--save-every", "10",
                "--out", out, *flags]
-    return subprocess.Popen(list(map(str, command)), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(list(map(str, command)), cwd=home, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -1111,41 +1129,144 @@ def replace(name, content):
     return lambda folder: (folder / name).write_bytes(content) if content is not None else (folder / name).unlink()
 
 
+def recode(name, encoding, newline="\n"):
+    """A change of a file's encoding, and of the ends of its lines."""
+    def change(folder):
+        text = (folder / name).read_text(encoding="utf-8").replace("\r\n", "\n").replace("title 4", "tïtle 4")
+        (folder / name).write_bytes(text.replace("\n", newline).encode(encoding))
+    return change
+
+
+def draw(mode, size=(30, 30), kind="PNG", name="images/4.png", colour=None, **options):
+    """Another picture of item 4, whatever its name says."""
+    return lambda folder: Image.new(mode, size, colour or 0).save(folder / name, kind, **options)
+
+
+def animate(folder):
+    Image.new("P", (30, 30)).save(folder / "images/4.png", "GIF", save_all=True,
+                                  append_images=[Image.new("P", (30, 30), k) for k in (1, 2)])
+
+
+def a_folder_instead(folder):
+    (folder / "images/4.png").unlink()
+    (folder / "images/4.png").mkdir()
+
+
+PICTURES, LOST = "items without a decodable picture", "interactions with such items"
+ITEMS, EVENTS = "items.csv", "interactions.csv"
 EVERYONE_BUYS_50 = [[f"u{u}", f"i{k}", k] for u in range(9) for k in range(50)]
-BAD_DOMAINS = {  # what is done to a good domain, and what the error has to name
-    "no items.csv": (replace("items.csv", None), ["items.csv is missing", "item_id,title,image"]),
-    "no interactions.csv": (replace("interactions.csv", None), ["interactions.csv is missing"]),
-    "empty file": (replace("items.csv", b""), ["items.csv, line 1", "item_id, title, image"]),
-    "only a header": (replace("interactions.csv", b"user_id,item_id,timestamp\n"), ["nothing is left"]),
-    "no column": (edit("items.csv", "title", "name"), ["items.csv, line 1: no column title"]),
-    "no timestamp": (edit("interactions.csv", "timestamp", "when"), ["interactions.csv, line 1: no column timestamp"]),
-    "unknown item": (edit("interactions.csv", "u0,i5,", "u0,no,"), ["interactions.csv, line 3", "'no' is not"]),
-    "bad timestamp": (edit("interactions.csv", "1001", "noon"), ["interactions.csv, line 3: timestamp 'noon'"]),
-    "nan timestamp": (edit("interactions.csv", "1001", "nan"), ["interactions.csv, line 3: timestamp 'nan'"]),
-    "empty user": (edit("interactions.csv", "u0,i5,", ",i5,"), ["interactions.csv, line 3", "user_id is empty"]),
-    "empty item": (edit("items.csv", "i4,", ","), ["items.csv, line 6", "empty"]),
-    "item twice": (edit("items.csv", "i4,", "i3,"), ["items.csv, line 6", "'i3' is there twice"]),
-    "path out": (edit("items.csv", "images/4.png", "../../4.png"), ["items.csv, line 6", "../../4.png", "copy it"]),
-    "absolute path": (edit("items.csv", "images/4.png", "/etc/passwd"), ["items.csv, line 6", "/etc/passwd"]),
-    "too few fields": (edit("items.csv", "i4,title 4,images/4.png", "i4,title 4"), ["items.csv, line 6: 2 fields"]),
-    "stray quote": (edit("items.csv", "title 4,", '"title" 4,'), ["items.csv, line 6"]),
-    "not UTF-8": (replace("items.csv", b"item_id,title,image\ni0,caf\xe9,images/0.png\n"), ["items.csv is not UTF-8"]),
+INPUTS = {  # what is done to a good domain, and what the error has to name, or what is counted as dropped
+    "no items.csv": (replace(ITEMS, None), ["items.csv is missing", "item_id,title,image"]),
+    "no interactions.csv": (replace(EVENTS, None), ["interactions.csv is missing"]),
+    "empty file": (replace(ITEMS, b""), ["items.csv, line 1: no column item_id", "item_id,title,image"]),
+    "a null byte": (edit(EVENTS, "1001", "10\0001"), ["interactions.csv, line 3"]),
+    "only a header": (replace(EVENTS, b"user_id,item_id,timestamp\n"), ["nothing is left"]),
+    "no column": (edit(ITEMS, "title", "name"), ["items.csv, line 1: no column title"]),
+    "no image column": (edit(ITEMS, "image", "picture"), ["items.csv, line 1: no column image"]),
+    "no user column": (edit(EVENTS, "user_id", "user"), ["interactions.csv, line 1: no column user_id"]),
+    "no timestamp": (edit(EVENTS, "timestamp", "when"), ["interactions.csv, line 1: no column timestamp"]),
+    "column twice": (edit(ITEMS, ",image", ",image,title"), ["items.csv, line 1: more than one column title"]),
+    "unknown item": (edit(EVENTS, "u0,i5,", "u0,no,"), ["interactions.csv, line 3", "'no' is not"]),
+    "no item": (edit(EVENTS, "u0,i5,", "u0,,"), ["interactions.csv, line 3", "'' is not"]),
+    "bad timestamp": (edit(EVENTS, "1001", "noon"), ["interactions.csv, line 3: timestamp 'noon'"]),
+    "no time": (edit(EVENTS, "1001", ""), ["interactions.csv, line 3: timestamp ''"]),
+    "nan timestamp": (edit(EVENTS, "1001", "nan"), ["interactions.csv, line 3: timestamp 'nan'"]),
+    "infinite timestamp": (edit(EVENTS, "1001", "1e999"), ["interactions.csv, line 3: timestamp '1e999'"]),
+    "huge timestamp": (edit(EVENTS, "1001", "1e300"), {}),
+    "negative timestamp": (edit(EVENTS, "1001", "-86400.5"), {}),
+    "empty user": (edit(EVENTS, "u0,i5,", ",i5,"), ["interactions.csv, line 3", "user_id is empty"]),
+    "odd user": (edit(EVENTS, "u0,", '" u, ""0""\n",', 99), {}),
+    "row twice": (edit(EVENTS, "u0,i5,1001", "u0,i5,1001\r\nu0,i5,1001"), {"repeated interactions": 1}),
+    "user with one item": (edit(EVENTS, "u0,i5,", "new,i5,"), {"interactions outside the 5-core": 1}),
+    "empty item": (edit(ITEMS, "i4,", ","), ["items.csv, line 6", "empty"]),
+    "item twice": (edit(ITEMS, "i4,", "i3,"), ["items.csv, line 6", "'i3' is there twice"]),
+    "item twice but for spaces": (edit(ITEMS, "i4,", " i3 ,"), ["items.csv, line 6", "'i3' is there twice"]),
+    "no title": (edit(ITEMS, "title 4,", "  ,"), {"items without a title": 1, LOST: 6}),
+    "title twice": (edit(ITEMS, "title 4,", "title 3,"), {}),
+    "odd title": (edit(ITEMS, "title 4,", '"a ""b"", c\n<|image_pad|> \u202e\U0001f600",'), {}),
+    "long title": (edit(ITEMS, "title 4,", "long " * 20_000 + ","), {}),
+    "endless title": (edit(ITEMS, "title 4,", "long " * 30_000 + ","), ["items.csv, line 6: field larger than"]),
+    "no image": (edit(ITEMS, "images/4.png", ""), {PICTURES: 1, LOST: 6}),
+    "image twice": (edit(ITEMS, "images/4.png", "images/3.png"), {}),
+    "path out": (edit(ITEMS, "images/4.png", "../../4.png"), ["items.csv, line 6", "../../4.png", "copy it"]),
+    "absolute path": (edit(ITEMS, "images/4.png", "/etc/passwd"), ["items.csv, line 6", "/etc/passwd"]),
+    "endless path": (edit(ITEMS, "images/4.png", "x" * 5000), {PICTURES: 1, LOST: 6}),
+    "too few fields": (edit(ITEMS, "i4,title 4,images/4.png", "i4,title 4"), ["items.csv, line 6: 2 fields"]),
+    "too many fields": (edit(ITEMS, "title 4,", "title, 4,"), ["items.csv, line 6: 4 fields", "double quotes"]),
+    "stray quote": (edit(ITEMS, "title 4,", '"title" 4,'), ["items.csv, line 6"]),
+    "open quote": (edit(EVENTS, "u0,i5,", '"u0,i5,'), ["interactions.csv, line"]),
+    "latin-1": (recode(ITEMS, "latin-1"), ["items.csv is not UTF-8"]),
+    "utf-16": (recode(EVENTS, "utf-16"), ["interactions.csv is not UTF-8"]),
+    "BOM": (recode(EVENTS, "utf-8-sig"), {}),
+    "CRLF and BOM": (recode(ITEMS, "utf-8-sig", "\r\n"), {}),
+    "CR": (recode(ITEMS, "utf-8", "\r"), {}),
     "few items": (lambda folder: write_domain(folder, None, EVERYONE_BUYS_50), ["50 items are too few"]),
     "no core": (lambda folder: write_domain(folder, None, [["u1", "i1", 1]]), ["nothing is left after 5-core"]),
+    "picture gone": (replace("images/4.png", None), {PICTURES: 1, LOST: 6}),
+    "picture of no bytes": (replace("images/4.png", b""), {PICTURES: 1, LOST: 6}),
+    "truncated picture": (replace("images/4.png", picture(kind="PNG")[:60]), {PICTURES: 1, LOST: 6}),
+    "picture is a folder": (a_folder_instead, {PICTURES: 1, LOST: 6}),
+    "50 megapixels": (draw("1", (10_000, 5_000)), {PICTURES: 1, LOST: 6}),
+    "100 megapixels": (draw("1", (10_000, 10_000)), {PICTURES: 1, LOST: 6}),
+    "animation": (animate, {}),
+    "palette": (draw("P"), {}),
+    "CMYK": (draw("CMYK", kind="JPEG"), {}),
+    "16 bits": (draw("I;16", colour=40_000), {}),
+    "one pixel": (draw("L", (1, 1)), {}),
+    "a line of pixels": (draw("L", (5000, 1)), {}),
 }
 
 
-@pytest.mark.parametrize("case", BAD_DOMAINS)
-def test_a_bad_domain_gets_one_clear_line(case, tmp_path, home, capsys):
+@pytest.mark.parametrize("case", INPUTS)
+def test_what_is_valid_works_and_what_is_not_gets_one_clear_line(case, tmp_path, home, capsys):
     folder = write_domain(tmp_path / "shop")
-    change, expected = BAD_DOMAINS[case]
+    change, expected = INPUTS[case]
     change(folder)
     before = sorted(folder.rglob("*"))
-    where = ["--data-dir", home / "domains", "--out", tmp_path / "out"]
-    assert command("--domain", folder, "--model", "tiny", *where) == 2
+    code = command("--domain", folder, "--model", "tiny", "--data-dir", home / "domains", "--out", tmp_path / "out",
+                   "--method", "vanilla", "--image-size", 28)
     errors = capsys.readouterr().err.strip().splitlines()
-    assert len(errors) == 1 and errors[0].startswith("error: ") and all(part in errors[0] for part in expected), errors
-    assert sorted(folder.rglob("*")) == before and not (tmp_path / "out").exists()  # nothing half written
+    assert sorted(folder.rglob("*")) == before                      # nothing is ever written there
+    if isinstance(expected, dict):
+        dropped = {reason: count for reason, count in data.read_domain(folder).dropped.items() if count}
+        assert (code, errors, dropped) == (0, [], expected)
+    else:
+        assert code == 2 and not (tmp_path / "out").exists()        # nothing half written
+        assert len(errors) == 1 and errors[0].startswith("error: ")
+        assert all(part in errors[0] for part in expected), errors
+
+
+def damage(folder, rng):
+    """Flip, cut, swap or repeat some bytes of one of the domain's files."""
+    path = rng.choice([folder / ITEMS, folder / EVENTS, rng.choice(sorted((folder / "images").iterdir()))])
+    content, (i, j) = bytearray(path.read_bytes()), (0, 0)
+    i, j = sorted(rng.sample(range(len(content)), 2))
+    kind = rng.choice(["flip", "flip many", "cut", "swap", "repeat", "zero"])
+    if kind.startswith("flip"):
+        for k in [i] if kind == "flip" else rng.sample(range(len(content)), min(20, len(content))):
+            content[k] ^= 1 << rng.randrange(8)
+    else:
+        content = {"cut": content[:i], "swap": content[j:] + content[i:j] + content[:i], "zero": content[:i] + bytes(9),
+                   "repeat": content[:j] + content[i:]}[kind]
+    path.write_bytes(content)
+    return f"{kind} {i} {j} of {path.name}"
+
+
+def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
+    """Never a traceback, never a hang. MUTATIONS in the environment asks for more of them."""
+    for number in range(int(os.environ.get("MUTATIONS", 20))):
+        folder = tmp_path / "shop"
+        write_domain(folder)
+        said, began = damage(folder, random.Random(number)), time.monotonic()
+        code = command("--domain", folder, "--model", "tiny", "--data-dir", home / "domains", "--out", tmp_path / "out",
+                       "--method", "vanilla", "--image-size", 28, "--restart")
+        out, err = capsys.readouterr()
+        assert code in (0, 2) and time.monotonic() - began < 30, said
+        if code:
+            assert len(err.strip().splitlines()) == 1 and str(folder) in err or "shop:" in err, (said, err)
+        else:
+            assert "dropped: " in out and "| vanilla |" in out, said
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -1158,6 +1279,9 @@ def test_a_bad_domain_gets_one_clear_line(case, tmp_path, home, capsys):
     (["--model", "nobody/nothing"], "--model nobody/nothing cannot be loaded"),
     (["--model", "./bert"], "--model ./bert is of the family bert"),
     (["--model", "./weightless"], "--model ./weightless cannot be loaded"),
+    (["--model", "./mute-too"], "--model ./mute-too cannot be loaded: "),
+    (["--model", "./blind"], "--model ./blind cannot be loaded: Can't load image processor"),
+    (["--model", "./runs/sample/vlm2rec-seed0/adapter"], "vlm2rec-seed0/adapter cannot be loaded: Unrecognized model"),
     (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 30 tensors"),
     (["--batch", "1"], "--batch 1: it has to be at least 2"),
     (["--batch", "999"], "users, less than one --batch of 999"),
@@ -1166,7 +1290,7 @@ def test_a_bad_domain_gets_one_clear_line(case, tmp_path, home, capsys):
     pytest.param(["--device", "cuda"], "torch sees no CUDA GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")),
 ])
-def test_a_bad_flag_gets_one_clear_line(flags, expected, home, tmp_path, capsys):
+def test_a_bad_flag_gets_one_clear_line(flags, expected, home, finished, tmp_path, capsys):
     with contextlib.chdir(home):
         Path("bert").mkdir(exist_ok=True)
         Path("bert/config.json").write_text('{"model_type": "bert"}')
@@ -1175,6 +1299,10 @@ def test_a_bad_flag_gets_one_clear_line(flags, expected, home, tmp_path, capsys)
             for path in Path("domains/tiny-qwen2.5-vl").glob("*.json"):
                 Path(name, path.name).write_bytes(path.read_bytes())
         shutil.copytree("domains/tiny-qwen2.5-vl", "mute", dirs_exist_ok=True)
+        for name, missing in (("mute-too", "tokenizer*"), ("blind", "*processor*")):
+            shutil.copytree("domains/tiny-qwen2.5-vl", name, dirs_exist_ok=True)
+            for path in Path(name).glob(missing):
+                path.unlink()
         tokenizer = json.loads(Path("mute/tokenizer_config.json").read_text())
         Path("mute/tokenizer_config.json").write_text(json.dumps(tokenizer | {"eos_token": None}))
         weights = safetensors.torch.load_file("domains/tiny-qwen2.5-vl/model.safetensors")

@@ -85,18 +85,25 @@ bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the ou
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What `--method` chooses."""
-    modalities: tuple[str, ...]
-    contrast: str = ""      # "wpcl" (Eq. 10), "infonce" (Eq. 3) or "" for no training
-    topology: bool = False  # with lam * CRTR (Eq. 13)?
+    """What `--method` chooses. Without a contrast and without topology nothing is trained."""
+    modalities: tuple[str, ...]  # encoded one by one, then added
+    contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
+    topology: bool = False       # with lam * CRTR (Eq. 13)?
+    stop_gradient: bool = True   # in Eq. 8
 
 
+BOTH = ("text", "vision")
 METHODS = {
-    "vlm2rec": Method(("text", "vision"), "wpcl", topology=True),
-    "sft": Method(("text", "vision"), "infonce"),
-    "vanilla": Method(("text", "vision")),
+    "vlm2rec": Method(BOTH, "wpcl", topology=True),
+    "sft": Method(BOTH, "infonce"),
+    "vanilla": Method(BOTH),
     "text": Method(("text",), "infonce"),
     "vision": Method(("vision",), "infonce"),
+    "internal": Method(("interleaved",), "infonce"),  # each title with its picture, in one prompt
+    "no-wpcl": Method(BOTH, topology=True),           # from here on: the ablations of Table 5
+    "no-penalty": Method(BOTH, "infonce", topology=True),
+    "no-stopgrad": Method(BOTH, "wpcl", topology=True, stop_gradient=False),
+    "no-crtr": Method(BOTH, "wpcl"),
 }
 
 DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}}                # what the choice of a domain or of a model brings along;
@@ -112,7 +119,8 @@ def option(default, help: str, **kwargs):
 class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
-    method: str = option("vlm2rec", "vanilla: no training; sft, text, vision: Eq. 3", choices=list(METHODS))
+    method: str = option("vlm2rec", "vanilla: no training; sft, text, vision, internal: Eq. 3; no-...: ablations",
+                         choices=list(METHODS))
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
@@ -196,12 +204,13 @@ class PromptBuilder:
         self.closing = [tokenizer.eos_token_id]
 
     def __call__(self, items: list[int], modality: str) -> Prompt:
-        """The prompt of `items` (a history, or a list of one item) in the modality "text" or "vision"."""
-        entries = [self.titles[item] if modality == "text" else self.picture for item in items]
-        ids = list(entries[0])
-        for entry in entries[1:]:
-            ids += self.newline + entry
-        return Prompt(ids + self.closing, list(items) if modality == "vision" else [])
+        """The prompt of `items` (a history, or a list of one item) in the modality text, vision or interleaved."""
+        entry = {"text": lambda item: self.titles[item], "vision": lambda item: self.picture,
+                 "interleaved": lambda item: self.titles[item] + self.newline + self.picture}[modality]
+        ids = list(entry(items[0]))
+        for item in items[1:]:
+            ids += self.newline + entry(item)
+        return Prompt(ids + self.closing, [] if modality == "text" else list(items))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -446,14 +455,14 @@ def discriminative_margin(sim: torch.Tensor, negatives: torch.Tensor) -> torch.T
     return torch.where(count > 0, sim.diagonal() - mean, 0.0)
 
 
-def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor) -> torch.Tensor:
+def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
     """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8). Both margins and the gap are (B,); the gap is at least 0.
 
     The stop-gradient leaves one way to close the gap: raise the weak modality, not lower the strong one.
     """
     strong = torch.maximum(margin_text, margin_vision)
     weak = torch.minimum(margin_text, margin_vision)
-    return strong.detach() - weak
+    return (strong.detach() if stop_gradient else strong) - weak
 
 
 def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -494,7 +503,7 @@ def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: f
 
 def objective(method: Method, z: dict, e: dict, negatives: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it.
+    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it (Table 5).
 
     Args:
         z, e: {"text", "vision", "fused"}: (B, D), the users' histories and their targets.
@@ -503,14 +512,15 @@ def objective(method: Method, z: dict, e: dict, negatives: torch.Tensor, alpha: 
         The loss and, for the log, its terms.
     """
     sim = {space: cosine(z[space], e[space]) for space in z}
-    terms = {}
+    terms, loss = {}, 0.0
     if method.contrast == "wpcl":
-        gap = modality_gap(*(discriminative_margin(sim[modality], negatives) for modality in ("text", "vision")))
+        margins = [discriminative_margin(sim[modality], negatives) for modality in BOTH]
+        gap = modality_gap(*margins, method.stop_gradient)
         weight = penalty_weight(gap, alpha, beta)
         terms |= {"wpcl": wpcl(sim["fused"], negatives, weight, tau), "gap": gap.mean(), "weight": weight.mean()}
-    else:
-        terms["infonce"] = info_nce(sim["fused"], negatives, tau)
-    loss = terms[method.contrast]
+        loss = terms["wpcl"]
+    elif method.contrast == "infonce":
+        loss = terms["infonce"] = info_nce(sim["fused"], negatives, tau)
     if method.topology:
         terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
         loss = loss + lam * terms["crtr"]
@@ -860,7 +870,8 @@ def write_results(folder: Path, domain: Domain, test: Evaluation, ranks: torch.T
     rows = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"]
             for user, item, rank, rank_full in zip(test.users, test.targets, ranks.tolist(), full.tolist())]
     data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
-    safetensors.torch.save_file(items, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
+    spaces = {name: items[name] for name in (*BOTH, "fused") if name in items}
+    safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
     write_json(folder / "metrics.json", metrics)
 
 
@@ -954,8 +965,8 @@ def train_and_test(config: Config, domain: Domain, encoder: Encoder, folder: Pat
     """Train if the method does, score the test split, write the results into `folder` and return their table."""
     method, untied = METHODS[config.method], ~torch.tensor(domain.tied)
     test = make_evaluation(domain, "test", config.history, config.seed)
-    rows = {"chance": chance(), "popularity": popularity(domain, test)}
-    if method.contrast:
+    rows, valid = {"chance": chance(), "popularity": popularity(domain, test)}, None
+    if method.contrast or method.topology:
         torch.manual_seed(config.seed)
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
                            config.checkpointing == "on")
@@ -968,11 +979,12 @@ def train_and_test(config: Config, domain: Domain, encoder: Encoder, folder: Pat
     items = embed_items(encoder, method.modalities, domain)
     print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
           f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
-    if not method.contrast:
+    if not valid:
         untrained = make_evaluation(domain, "valid", config.history, config.seed)
         valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
     ranks, full = evaluate(encoder, method.modalities, items, test)
-    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full), "test_untied": hits_and_ndcg(ranks[untied])}
+    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
+              "test_untied": hits_and_ndcg(ranks[untied])}
     about = {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
              "users": len(domain.user_ids), "items": len(domain.item_ids)}
     write_results(folder, domain, test, ranks, full, items, {**about, **scores, "valid": valid})
@@ -997,9 +1009,10 @@ def main(argv: list[str] | None = None) -> int:
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if not (on_gpu or isinstance(error, MemoryError) or "allocate memory" in str(error)):
             raise
-        message, code = (f"out of memory, at a peak of {peak_gib('cuda' if on_gpu else 'cpu'):.1f} GiB; these need less: "
-                         "--checkpointing on (no other results), a smaller --image-size (less of each picture), a "
-                         "shorter --history (less of each user), a smaller --batch (fewer negatives)"), 2
+        peak = peak_gib("cuda" if on_gpu else "cpu")
+        message, code = (f"out of memory, at a peak of {peak:.1f} GiB; these need less: --checkpointing on (no other "
+                         "results), a smaller --image-size (less of each picture), a shorter --history (less of each "
+                         "user), a smaller --batch (fewer negatives)"), 2
     except FloatingPointError as error:
         message, code = f"{error}; the last good checkpoint stays", 1
     except KeyboardInterrupt:
