@@ -27,6 +27,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
+import numpy
 import peft
 import pytest
 import safetensors.torch
@@ -39,6 +40,12 @@ import vlm2rec
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, about a name in transformers
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """torch would start from another seed in each process."""
+    torch.manual_seed(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -813,9 +820,24 @@ def test_every_lora_tensor_gets_a_gradient_and_checkpointing_does_not_change_it(
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
 
 
-def test_add_lora_switches_checkpointing_on(encoder):
-    vlm2rec.add_lora(encoder, 4, 8, 0.0, checkpointing=True)
+def test_dropout_keeps_the_share_and_the_mean_and_is_off_when_it_should_be():
+    x = torch.ones(1001, 999, requires_grad=True)
+    for p in (0.2, 0.5):
+        dropout = vlm2rec.Dropout(p)
+        y = dropout(x)
+        assert y.unique().tolist() == pytest.approx([0, 1 / (1 - p)])
+        assert (y == 0).float().mean().item() == pytest.approx(p, abs=0.002)         # 4 standard deviations
+        columns = (y == 0).float().mean(dim=0)
+        assert (columns - p).abs().max() < 6 * math.sqrt(p * (1 - p) / 1001)         # no place is favoured
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y) and not torch.equal(dropout(x), y)
+        assert torch.equal(dropout.eval()(x), x)
+
+
+def test_add_lora_switches_checkpointing_and_dropout_on(encoder):
+    vlm2rec.add_lora(encoder, 4, 8, 0.3, checkpointing=True)
     assert encoder.vlm.language_model.is_activation_checkpointing
+    dropouts = [module for module in encoder.vlm.modules() if isinstance(module, vlm2rec.Dropout) and module.p == 0.3]
+    assert len(dropouts) == 7 * encoder.vlm.config.text_config.num_hidden_layers
 
 
 def test_features_are_computed_once_and_again_when_the_pictures_change(home, tmp_path, monkeypatch):
@@ -844,7 +866,7 @@ def test_one_batch_can_be_overfitted(encoder):
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
     samples = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(8)]
     losses = []
-    note = lambda terms, *_: losses.append(terms["loss"].item())
+    note = lambda terms, users: losses.append(terms["loss"].item())
     vlm2rec.train_epoch(encoder, vlm2rec.METHODS["sft"], vlm2rec.Penalty(), optimizer, samples, [list(range(8))] * 80,
                         note, 0.1, 0.1, 0.5)
     assert losses[0] > 1.5 and losses[-1] < 0.1
@@ -869,7 +891,8 @@ def finished(home):
 
 def test_a_run_writes_what_the_design_says(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv", "table.md"]
+        "adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv",
+        "recommendations.png", "table.md"]
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics) == ["domain", "method", "seed", "model", "users", "items",
                              "test", "test_full", "test_untied", "valid"]
@@ -1113,6 +1136,200 @@ def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The paper's evidence
+# ----------------------------------------------------------------------------------------------------------------------
+
+def test_students_t_by_the_tables_and_by_its_closed_forms():
+    for t, df in ((12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.571, 5), (2.228, 10), (2.042, 30), (1.962, 1000)):
+        assert vlm2rec.two_sided_p(t, df) == vlm2rec.two_sided_p(-t, df) == pytest.approx(0.05, abs=1e-4)
+    for t in (0.0, 0.5, 1.0, 3.0):
+        u = t / math.sqrt(1 + t * t / 4)
+        assert vlm2rec.two_sided_p(t, 4) == pytest.approx(2 * (1 - (1 / 2 + 3 / 8 * u * (1 - u * u / 12))))
+        assert vlm2rec.two_sided_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    assert vlm2rec.paired_t_test([1, 2, 3], [1, 2, 3]) == 1 and math.isnan(vlm2rec.paired_t_test([1], [2]))
+    # differences 1, 2, 3: mean 2, standard deviation 1, t = 2 * sqrt(3), p = 1 - t / sqrt(2 + t^2)
+    assert vlm2rec.paired_t_test([2, 4, 6], [1, 2, 3]) == pytest.approx(1 - math.sqrt(12 / 14))
+
+
+def fake_runs(folder, method, scores, ranks):
+    """Folders of runs with these N@10 in every column, and these ranks of three users."""
+    folders = []
+    for seed, value in enumerate(scores):
+        folders.append(folder / f"{method}-seed{seed}")
+        folders[-1].mkdir()
+        columns = dict.fromkeys(vlm2rec.chance(), value)
+        vlm2rec.write_json(folders[-1] / "metrics.json", {"test": columns})
+        data.write_csv(folders[-1] / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
+                       [[f"u{k}", "i", rank, rank] for k, rank in enumerate(ranks)])
+    return folders
+
+
+def test_the_comparison_by_hand(tmp_path):
+    runs = {"sft": fake_runs(tmp_path, "sft", [0.1, 0.2, 0.3], [1, 2, 50]),
+            "vlm2rec": fake_runs(tmp_path, "vlm2rec", [0.2, 0.31, 0.4], [1, 1, 50]),
+            "text": fake_runs(tmp_path, "text", [0.0, 0.0, 0.0], [1, 2, 50])}
+    rows = [row.split(" | ") for row in vlm2rec.comparison(runs).splitlines()]
+    assert rows[0] == ["| test, 3 seeds", *list(vlm2rec.chance())[:3], "N@20 |"]
+    assert rows[2][:2] == ["| sft", "<u>0.2000 ± 0.1000</u>"] and rows[4][:2] == ["| text", "0.0000 ± 0.0000"]
+    assert rows[3][:2] == ["| vlm2rec", "**0.3033 ± 0.1002 ***"]               # differences .1 .11 .1: p = .001
+    against_sft = vlm2rec.per_user_comparison(runs).splitlines()[0]
+    difference = (1 - 1 / math.log2(3)) / 3                                    # one user of three is better
+    assert f"{difference:+.4f} ± {difference:.4f}" in against_sft and "better for 33%, worse for 0%" in against_sft
+
+
+def spaces(users=50, items=130, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    e = {name: torch.randn(items, 8, generator=generator) for name in ("text", "vision")}
+    targets = torch.randint(items, (users,), generator=generator).tolist()
+    negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
+    return e, vlm2rec.Evaluation(list(range(users)), [[t] for t in targets], targets, negatives, [[t] for t in targets])
+
+
+def test_geometry_equals_the_loops_and_knows_the_constant_and_the_perfect_space():
+    e, test = spaces()
+    z, e = torch.randn(50, 8), e["text"]
+    found = vlm2rec.geometry(z, e, test.targets, test.negatives)
+    square = lambda u, i: 2 - 2 * loop_cosine(z[u].tolist(), e[i].tolist())
+    a_pos = sum(square(u, test.targets[u]) for u in range(50)) / 50
+    a_neg = sum(square(u, i) for u in range(50) for i in test.negatives[u].tolist()) / 5000
+    uniformity = math.log(sum(math.exp(-2 * square(u, i)) for u in range(50) for i in range(130)) / 6500)
+    assert found == pytest.approx({"A_pos": a_pos, "A_neg": a_neg, "U": uniformity, "S": a_neg / a_pos}, rel=1e-5)
+    constant = vlm2rec.geometry(torch.ones(50, 8), torch.ones(130, 8), test.targets, test.negatives)
+    assert constant["A_pos"] == pytest.approx(0, abs=1e-6) and constant["U"] == pytest.approx(0, abs=1e-5)
+    perfect = vlm2rec.geometry(e[test.targets], e, test.targets, test.negatives)
+    assert perfect["A_pos"] == pytest.approx(0, abs=1e-6) and perfect["S"] > 1e5
+
+
+def test_queries_tell_the_modality_that_knows_the_target_from_the_one_that_does_not():
+    e, test = spaces(users=400)
+    z = {"text": e["text"][test.targets], "vision": torch.randn(400, 8)}
+    found = vlm2rec.queries(vlm2rec.fuse(z), vlm2rec.fuse(e), test)
+    assert found["t2t"] == 1 and found["v2v"] == pytest.approx(0.045, abs=0.04)
+    assert list(found) == ["f2f", "t2f", "v2f", "t2t", "v2v"] and found["t2f"] > found["f2f"] > found["v2f"]
+    assert list(vlm2rec.queries({"text": z["text"], "fused": z["text"]}, {"text": e["text"], "fused": e["text"]}, test)
+                ) == ["f2f", "t2f", "t2t"]
+
+
+def test_gradient_cosines_against_plain_backward_passes(encoder):
+    adapted, one = with_lora(encoder, dropout=0.2), torch.tensor(1.0)
+    batch = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(6)]
+    gradients = {}
+    encoder.vlm.eval()
+    for name in ("sft", "text", "vision"):
+        adapted.zero_grad()
+        vlm2rec.batch_loss(encoder, vlm2rec.METHODS[name], batch, one, one, 0.1, 0.1, 0.5)[0].backward()
+        gradients[name] = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
+    state = torch.get_rng_state()
+    encoder.vlm.train()
+    found = vlm2rec.gradient_cosines(encoder, vlm2rec.METHODS["sft"], batch, one, one, 0.1, 0.1, 0.5)
+    assert encoder.vlm.training and torch.equal(state, torch.get_rng_state())  # the run goes on as if nothing had been
+    for name in ("text", "vision"):
+        a, b = gradients["sft"], gradients[name]
+        assert found[f"cos_{name}"] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
+    alone = vlm2rec.gradient_cosines(encoder, vlm2rec.METHODS["text"], batch, one, one, 0.1, 0.1, 0.5)
+    assert alone["cos_text"] == pytest.approx(1, abs=1e-5) and alone["cos_vision"] < 0.99
+
+
+def walkers(tmp_path):
+    """A domain in which item k + 1 follows item k, for everybody."""
+    return data.read_domain(write_domain(tmp_path / "walk", None, [
+        [f"u{u}", f"i{(7 * u + k) % 120}", k] for u in range(120) for k in range(8)]))
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "gru4rec"])
+@pytest.mark.parametrize("vectors", [None, torch.eye(120)])
+def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(tmp_path, kind, vectors):
+    domain = walkers(tmp_path)
+    model, valid = vlm2rec.train_downstream(kind, domain, 0, vectors, "cpu", epochs=100, lr=5e-3, batch=32)
+    test = vlm2rec.make_evaluation(domain, "test", 10, 0)
+    assert valid["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
+    assert isinstance(model.adapter, torch.nn.Linear) == (vectors is not None) and model.items().shape == (120, 128)
+    rows = torch.tensor([[3, 4, 5, 6], [3, 4, 9, 9]])
+    with torch.no_grad():
+        assert torch.allclose(model(rows)[0, :2], model(rows)[1, :2], atol=1e-5)   # no state sees what comes later
+
+
+def test_targets_are_counted_in_training_only(tmp_path):
+    domain = walkers(tmp_path)                                      # 120 users x 6 of 8 items, evenly over 120 items
+    test = vlm2rec.make_evaluation(domain, "test", 10, 0)
+    table = vlm2rec.by_frequency(domain, test, torch.ones(120))
+    assert [name.partition(" (")[0] for name in table] == ["targets seen 0 to 4", "targets seen 5 to 9",
+                                                           "targets seen 10 to 19", "targets seen 20 times or more"]
+    assert list(table)[1] == "targets seen 5 to 9 (120 users)"
+    assert [row["N@10"] for row in table.values()] == [None, 1, None, None]
+
+
+def test_item_vectors_of_others(finished, home, tmp_path, capsys):
+    """mean-pool with an oracle's vectors, in both formats; downstream with a run's; and what does not fit."""
+    domain = data.read_domain(home / "domains" / "sample")
+    titles = len(rows_of(home / "domains" / "sample", "items.csv"))
+    numpy.save(tmp_path / "one.npy", torch.eye(titles).numpy())
+    safetensors.torch.save_file({"x": torch.ones(titles, 3)}, tmp_path / "constant.safetensors")
+    numpy.save(tmp_path / "short.npy", torch.eye(titles - 1).numpy())
+    numpy.save(tmp_path / "nan.npy", torch.full((titles, 2), math.nan).numpy())
+    out, items = ["--out", tmp_path], finished / "items.safetensors"
+    with contextlib.chdir(home):
+        assert command("--method", "mean-pool", "--embeddings", tmp_path / "constant.safetensors", *out) == 0
+        assert command("--method", "mean-pool", "--embeddings", tmp_path / "one.npy", *out) == 0
+        assert command("--method", "mean-pool", "--embeddings", finished.with_name("vlm2rec-seed{seed}") /
+                       "items.safetensors", *out) == 0
+        for method, name, expected in (
+                ("mean-pool", "", "needs item vectors"), ("mean-pool", "no.npy", "cannot be read"),
+                ("sasrec", "short.npy", "one row for each"), ("gru4rec", "nan.npy", "not finite")):
+            capsys.readouterr()
+            assert command("--method", method, *out, "--embeddings", name and tmp_path / name) == 2
+            assert expected in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "sample" / "mean-pool+constant-seed0" / "metrics.json").read_text())
+    assert metrics["test"]["N@10"] == 0 and metrics["method"] == "mean-pool+constant"    # all tied: rank 51
+    assert (tmp_path / "sample" / "mean-pool+vlm2rec-seed0" / "ranks.csv").exists()
+    found = vlm2rec.read_vectors(items, domain, home / "domains" / "sample")
+    assert torch.equal(found, safetensors.torch.load_file(items)["fused"])
+
+
+def test_an_adapter_of_another_domain_is_evaluated_without_training(finished, home, tmp_path, capsys):
+    """On its own domain it has to give what its run gave."""
+    with contextlib.chdir(home):
+        assert command("--adapter", finished / "adapter", "--out", tmp_path) == 0
+        assert command("--adapter", home / "domains", "--out", tmp_path / "none") == 2
+        assert "there is no adapter_config.json" in capsys.readouterr().err
+        shutil.copytree(finished / "adapter", tmp_path / "other")
+        weights = safetensors.torch.load_file(tmp_path / "other" / "adapter_model.safetensors")
+        wider = {name: torch.zeros(weight.shape[0] + 8, weight.shape[1]) for name, weight in weights.items()}
+        safetensors.torch.save_file(wider, tmp_path / "other" / "adapter_model.safetensors", {"format": "pt"})
+        assert command("--adapter", tmp_path / "other", "--out", tmp_path / "none") == 2
+    error = capsys.readouterr().err.strip()
+    assert "does not fit" in error and len(error.splitlines()) == 1
+    there, here = (json.loads(path.read_text()) for path in (
+        finished / "metrics.json", tmp_path / "sample" / "vlm2rec+zero-shot-seed0" / "metrics.json"))
+    assert here["test"] == pytest.approx(there["test"], abs=1e-4)
+
+
+def test_several_methods_and_seeds_end_in_a_comparison(home, tmp_path, capsys):
+    with contextlib.chdir(home):
+        assert command("--method", "vanilla", "vlm2rec", "--seeds", 2, "--epochs", 1, "--train-users", 40,
+                       "--gradients-every", 2, "--out", tmp_path) == 0
+    table = (tmp_path / "sample" / "vanilla-vlm2rec.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    assert "| test, 2 seeds | H@10 |" in table and "vlm2rec against vanilla, N@10 per user" in table
+    assert {path.name for path in (tmp_path / "sample").glob("*seed*")} == {
+        f"{method}-seed{seed}" for method in ("vanilla", "vlm2rec") for seed in (0, 1)}
+    log = [json.loads(line) for line in (tmp_path / "sample/vlm2rec-seed1/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [2, 4, 5]              # 40 users are five steps; two lines for Fig. 1b
+    assert {"step", "cos_text", "cos_vision"} == set(log[0]) == set(log[1])
+
+
+def test_the_contact_sheet_frames_the_hits(home, finished, tmp_path):
+    domain = data.read_domain(home / "domains" / "sample")
+    test = vlm2rec.make_evaluation(domain, "test", 10, 0)
+    e = torch.eye(len(domain.item_ids))
+    green = lambda path: sum(count for count, colour in Image.open(path).getcolors(10**6) if colour == (0, 128, 0))
+    vlm2rec.contact_sheet(tmp_path / "hit.png", domain, test, {"fused": e[test.targets]}, {"fused": e})
+    vlm2rec.contact_sheet(tmp_path / "miss.png", domain, test, {"fused": -e[test.targets]}, {"fused": e})
+    assert green(tmp_path / "hit.png") > 1000 + green(tmp_path / "miss.png")
+    assert Image.open(finished / "recommendations.png").size[1] > 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Bad input: exit code 2 and one line that names file, row and fix
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1341,7 +1558,7 @@ def test_the_readmes_catalogue_of_ones_own_is_a_domain(tmp_path, monkeypatch):
 def test_the_readmes_commands_and_names_exist():
     for line in re.findall(r"python vlm2rec\.py (--[^#\n`|;]*)", README):
         if "--help" not in line:
-            vlm2rec.parse_config(line.split())
+            vlm2rec.parse_config(line.split("#")[0].split())
     table = re.search(r"\| in the paper .*?\n\n", README, re.S)[0]
     for name in re.findall(r"`(\w+)`", table):
         assert name in globals() if name.startswith("test_") else hasattr(vlm2rec, name), name

@@ -5,7 +5,7 @@ A user's history is encoded twice, as titles and as pictures, and so is every it
 embedding, and the two modalities are added. Fine-tuning that sum on clicks alone lets one modality collapse. VLM2Rec
 weighs the negatives more for users with one weak modality, and keeps the neighbourhoods of both modalities alike.
 
-    python vlm2rec.py --domain sample        # CPU, no download, about two minutes
+    python vlm2rec.py --domain sample        # CPU, no download, about a minute
     python vlm2rec.py --domain toys          # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
     python vlm2rec.py --help
 
@@ -36,6 +36,7 @@ through softplus. What the paper leaves open is marked at its line and listed in
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -47,16 +48,22 @@ import logging
 import math
 import os
 import platform
+import random
 import shutil
 import signal
+import statistics
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple
 
+import numpy
 import peft
-import PIL
+import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import safetensors.torch
 import torch
 import transformers
@@ -72,7 +79,7 @@ from data import Domain, InputError
 
 LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
 TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
-PASS_TOKENS = {"cuda": 16_384, "cpu": 1_400}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
+PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
 PADDING = 256          # tokens of padding in a forward pass that cost as much as another pass
 
 CHECKPOINT, TABLE = "checkpoint.pt", "table.md"  # in the folder of a run
@@ -85,7 +92,7 @@ bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the ou
 # ----------------------------------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What `--method` chooses. Without a contrast and without topology nothing is trained."""
+    """What `--method` chooses. Without a contrast and without topology the language model is not trained."""
     modalities: tuple[str, ...]  # encoded one by one, then added
     contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
     topology: bool = False       # with lam * CRTR (Eq. 13)?
@@ -104,6 +111,9 @@ METHODS = {
     "no-penalty": Method(BOTH, "infonce", topology=True),
     "no-stopgrad": Method(BOTH, "wpcl", topology=True, stop_gradient=False),
     "no-crtr": Method(BOTH, "wpcl"),
+    "sasrec": Method(("ids",)),                       # downstream models: ids, or the item vectors of --embeddings
+    "gru4rec": Method(("ids",)),
+    "mean-pool": Method(("ids",)),                    # a history is the mean of its items' vectors
 }
 
 DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}}                # what the choice of a domain or of a model brings along;
@@ -119,8 +129,8 @@ def option(default, help: str, **kwargs):
 class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
-    method: str = option("vlm2rec", "vanilla: no training; sft, text, vision, internal: Eq. 3; no-...: ablations",
-                         choices=list(METHODS))
+    method: str = option("vlm2rec", "one or more; vanilla: no training; sft, text, vision, internal: Eq. 3; no-...: "
+                         "ablations; sasrec, gru4rec, mean-pool: see --embeddings", choices=list(METHODS))
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
@@ -141,25 +151,35 @@ class Config:
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank")
     lora_dropout: float = option(0.2, "dropout in front of LoRA")
     checkpointing: str = option("on", "gradient checkpointing; off: faster, more memory", choices=["on", "off"])
+    train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all")
+    adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6)")
+    embeddings: str = option("", "item vectors for sasrec and gru4rec (Task 2; without: ids) or mean-pool (Task 1): "
+                             ".safetensors or .npy, in the order of items.csv; {seed} in the name is the run's seed")
+    gradients_every: int = option(0, "steps between two measurements of the gradients' directions (Fig. 1b); 0: none")
     log_every: int = option(50, "steps between two lines of the log")
     save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch")
     restart: bool = option(False, "replace an earlier run, or what is left of it, instead of going on with it")
 
     def __post_init__(self):
         for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1, save_every=1,
-                                seed=0).items():
+                                seed=0, train_users=0, gradients_every=0).items():
             if not least <= getattr(self, name) < 2**31:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: it has to be at least {least}")
         if self.image_size < 28 or self.image_size % 28:
             raise InputError(f"--image-size {self.image_size}: a token covers 28 pixels, take a multiple such as 168")
         if not (self.tau > 0 and self.tau_crtr > 0 and self.lr > 0):
             raise InputError("--tau, --tau-crtr and --lr have to be positive")
+        if self.method == "mean-pool" and not self.embeddings:
+            raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
+        if self.embeddings and METHODS[self.method].modalities != ("ids",):
+            raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {self.method}")
         if not (self.penalty_lr >= 0 and self.lam >= 0 and 0 <= self.lora_dropout < 1):
             raise InputError("--penalty-lr and --lam have to be at least 0, --lora-dropout in [0, 1)")
 
 
-def parse_config(argv: list[str] | None = None) -> Config:
-    """The command line as a Config. A flag wins over what the model brings along, that over what the domain does."""
+def parse_config(argv: list[str] | None = None) -> list[Config]:
+    """The command line as a Config for each method and seed. A flag wins over what the model brings along, that over
+    what the domain does."""
     flag = lambda name: "--" + name.replace("_", "-")
     brought = (f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
                for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()])
@@ -169,12 +189,18 @@ def parse_config(argv: list[str] | None = None) -> Config:
         choices = field.metadata.get("choices")
         kind = dict(action="store_true") if field.type == "bool" else dict(
             type={"str": str, "int": int, "float": float}[field.type], choices=choices,
-            metavar=None if choices else field.type)
+            metavar=None if choices else field.type, nargs="+" if field.name == "method" else None)
         parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})", **kind)
+    parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
     given = vars(parser.parse_args(argv))
+    methods, seeds = given.pop("method", [Config.method]), given.pop("seeds", 1)
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}: it has to be at least 1")
     by_domain = DOMAIN_DEFAULTS.get(given.get("domain", Config.domain), {})
     by_model = MODEL_DEFAULTS.get((by_domain | given).get("model"), {})
-    return Config(**by_domain | by_model | given)
+    seed, vectors = given.pop("seed", Config.seed), given.pop("embeddings", "")
+    return [Config(**by_domain | by_model | given, method=method, seed=k, embeddings=vectors.replace("{seed}", str(k)))
+            for method in dict.fromkeys(methods) for k in range(seed, seed + seeds)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -561,20 +587,21 @@ def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
 
 
 def rank_users(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor, bought: list[list[int]],
-               chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
+               dot: bool = False, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
     """Rank each user's target by cosine similarity, against the negatives and against the whole catalogue.
 
     Args:
         z, e: (U, D) users, (N, D) items.
         targets: U items; negatives: (U, 100) items.
         bought: per user the whole sequence; it does not compete in the full ranking.
+        dot: by inner product instead.
     Returns:
         (U,) ranks against the negatives, (U,) ranks against all items that the user did not buy.
     """
     ranks, full = [], []
     for start in range(0, len(z), chunk):
         part = slice(start, start + chunk)
-        scores = cosine(z[part], e)                                                            # (chunk, N)
+        scores = z[part] @ e.T if dot else cosine(z[part], e)                                  # (chunk, N)
         target = scores.gather(1, torch.tensor(targets[part])[:, None]).squeeze(1)
         ranks.append(target_rank(target, scores.gather(1, negatives[part])))
         competes = torch.ones_like(scores, dtype=torch.bool)
@@ -646,10 +673,26 @@ class Penalty(torch.nn.Module):
         return alpha, beta
 
 
+class Dropout(torch.nn.Dropout):
+    """Dropout whose mask costs a quarter as much on a CPU, where torch draws one number at a time: 16 bits of it decide
+    an element here."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x with a share p of its elements set to 0 and the others divided by 1 - p."""
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept / (1 - self.p)
+
+
 def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
     """Put LoRA into the language layers, not the vision tower; from now on the encoder encodes with it."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
     adapted = peft.get_peft_model(encoder.vlm, config)
+    for layer in adapted.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and dropout:
+            layer.lora_dropout["default"] = Dropout(dropout)
     print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
     if checkpointing:
         encoder.vlm.language_model.activation_checkpointing_enable()
@@ -662,34 +705,40 @@ def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list
     return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
 
 
+def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
+               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Encode a batch of (history, target, all items bought before the target) and score it: the loss and, for the log,
+    its terms (scalars)."""
+    histories, targets, bought = zip(*batch)
+    prompts = [encoder.prompt(items, modality) for modality in method.modalities
+               for items in (*histories, *([target] for target in targets))]
+    states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)                      # (2, 2, B, D)
+    z = fuse(dict(zip(method.modalities, states[:, 0])))                                           # (B, D) each
+    e = fuse(dict(zip(method.modalities, states[:, 1])))
+    bought = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, bought)), batch_first=True, padding_value=-1)
+    negatives = to_device(in_batch_negatives(torch.tensor(targets), bought), encoder.device)       # (B, B)
+    loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
+    if "text" in z and "vision" in z:  # Eq. 2 adds raw vectors: the longer one speaks louder
+        terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
+    return loss, terms
+
+
 def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list[tuple],
                 batches: list[list[int]], after_step, tau: float, tau_crtr: float, lam: float) -> None:
-    """One pass over the batches. `samples` holds (history, target, all items bought before the target) per user;
-    `after_step` takes the step's terms, users and tokens."""
+    """One pass over the batches; `samples` holds what batch_loss takes, per user. After each step comes
+    after_step(terms, users)."""
     encoder.vlm.train()
     for users in batches:
-        histories, targets, bought = zip(*(samples[user] for user in users))
-        prompts = [encoder.prompt(items, modality) for modality in method.modalities
-                   for items in (*histories, *([target] for target in targets))]
-        states = encoder(prompts).view(len(method.modalities), 2, len(users), -1)                  # (2, 2, B, D)
-        z = fuse(dict(zip(method.modalities, states[:, 0])))                                       # (B, D) each
-        e = fuse(dict(zip(method.modalities, states[:, 1])))
-        bought = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, bought)), batch_first=True, padding_value=-1)
-        negatives = to_device(in_batch_negatives(torch.tensor(targets), bought), encoder.device)   # (B, B)
         alpha, beta = penalty()
-
-        loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
+        loss, terms = batch_loss(encoder, method, [samples[user] for user in users], alpha, beta, tau, tau_crtr, lam)
         loss.backward()
         terms["grad_norm"] = torch.nn.utils.get_total_norm(
             [weight.grad for weight in optimizer.param_groups[0]["params"]])
         optimizer.step()
         optimizer.zero_grad()
-
-        if len(method.modalities) == 2:  # Eq. 2 adds raw vectors: the longer one speaks louder
-            terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
         if method.contrast == "wpcl":
             terms |= {"alpha": alpha, "beta": beta}
-        after_step(terms, len(users), encoder.tokens)
+        after_step(terms, users)
 
 
 def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
@@ -701,17 +750,26 @@ def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Con
     optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
+    if config.train_users:
+        samples = random.Random(f"{config.seed} train users").sample(samples, min(config.train_users, len(samples)))
     valid = make_evaluation(domain, "valid", config.history, config.seed)
     steps = len(samples) // config.batch  # in an epoch
-    log = Log(folder / "log.jsonl", config.log_every, config.epochs * steps)
+    log = Log(folder / "log.jsonl", config.log_every, config.epochs * steps, lambda: encoder.tokens)
     checkpoint = Checkpoint(folder / CHECKPOINT, config.save_every, log, optimizer, lora, penalty)
+
+    def after_step(terms: dict[str, torch.Tensor], users: list[int]) -> None:
+        checkpoint.after_step(terms, users)
+        if config.gradients_every and log.step % config.gradients_every == 0:
+            log.append({"step": log.step} | gradient_cosines(encoder, method, [samples[user] for user in users],
+                                                             *penalty(), config.tau, config.tau_crtr, config.lam))
+
     for epoch in range(max(1, math.ceil(log.step / steps)), config.epochs + 1):
         batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)[log.step - (epoch - 1) * steps:]
-        log.start(epoch, encoder.tokens)
+        log.start(epoch)
         with checkpoint.stopping_after_a_step():
-            train_epoch(encoder, method, penalty, optimizer, samples, batches, checkpoint.after_step,
+            train_epoch(encoder, method, penalty, optimizer, samples, batches, after_step,
                         config.tau, config.tau_crtr, config.lam)
-        checkpoint.save(encoder.tokens)
+        checkpoint.save()
         ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
         scores = hits_and_ndcg(ranks)
         tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
@@ -735,23 +793,24 @@ class Log:
     with the first bad step, if one of them is not finite.
     """
 
-    def __init__(self, path: Path, every: int, steps: int):
-        self.path, self.every, self.steps, self.step, self.pending, self.seconds = path, every, steps, 0, [], []
+    def __init__(self, path: Path, every: int, steps: int, count_tokens: Callable[[], int]):
+        self.path, self.every, self.steps, self.count_tokens = path, every, steps, count_tokens
+        self.step, self.pending, self.seconds = 0, [], []
         self.bar = bar(total=steps, desc="train", unit="step")
 
-    def start(self, epoch: int, tokens: int) -> None:
-        """A new epoch; `tokens` is the encoder's count. Time outside of the epochs is not counted."""
-        self.epoch, self.users, self.tokens, self.clock = epoch, 0, tokens, time.perf_counter()
+    def start(self, epoch: int) -> None:
+        """A new epoch: time outside of the epochs is not counted."""
+        self.epoch, self.users, self.tokens, self.clock = epoch, 0, self.count_tokens(), time.perf_counter()
 
-    def __call__(self, terms: dict[str, torch.Tensor], users: int, tokens: int) -> None:
-        """Note a step's terms (scalars) and its number of users."""
+    def __call__(self, terms: dict[str, torch.Tensor], users: list[int]) -> None:
+        """Note a step's terms (scalars) and its users."""
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
-        self.names, self.step, self.users = list(terms), self.step + 1, self.users + users
+        self.names, self.step, self.users = list(terms), self.step + 1, self.users + len(users)
         self.bar.update(self.step - self.bar.n)
         if self.step % self.every == 0:
-            self.write(tokens)
+            self.write()
 
-    def write(self, tokens: int) -> None:
+    def write(self) -> None:
         """Write the line for the steps since the last one, if there are any."""
         if not self.pending:
             return
@@ -764,13 +823,18 @@ class Log:
         self.seconds += [seconds / len(values)] * len(values)                        # of each step
         means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
         line = {"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(self.users / seconds, 2),
-                "tokens_per_s": round((tokens - self.tokens) / seconds), "peak_gib": round(peak_gib(device), 3),
+                "tokens_per_s": round((self.count_tokens() - self.tokens) / seconds),
+                "peak_gib": round(peak_gib(device), 3),
                 "minutes_left": round((self.steps - self.step) * self.seconds[-1] / 60, 1)}
+        self.append(line)
+        self.pending = []
+        self.start(self.epoch)
+
+    def append(self, line: dict[str, float]) -> None:
+        """Write and print a line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
-        self.pending = []
-        self.start(self.epoch, tokens)
 
 
 class Checkpoint:
@@ -786,16 +850,16 @@ class Checkpoint:
         if path.exists():
             self.restore()
 
-    def after_step(self, terms: dict[str, torch.Tensor], users: int, tokens: int) -> None:
+    def after_step(self, terms: dict[str, torch.Tensor], users: list[int]) -> None:
         """Log a step; save when it is time to, or when the run is to stop."""
-        self.log(terms, users, tokens)
+        self.log(terms, users)
         if self.stop or self.log.step % self.every == 0:
-            self.save(tokens)
+            self.save()
 
-    def save(self, tokens: int) -> None:
+    def save(self) -> None:
         """Write the checkpoint; raise KeyboardInterrupt then if the run is to stop. Raises FloatingPointError instead
         if a step since the last checkpoint was not finite."""
-        self.log.write(tokens)
+        self.log.write()
         content, gpu = io.BytesIO(), torch.cuda.is_initialized()
         torch.save({name: part.state_dict() for name, part in self.parts.items()} | {
             "best": self.best, "kept": self.kept, "step": self.log.step, "log": self.log.path.stat().st_size,
@@ -864,65 +928,88 @@ def settings(config: Config, domain: Domain, device: str) -> dict:
             "source_digest": hashlib.blake2b(sources, digest_size=16).hexdigest()}
 
 
-def write_results(folder: Path, domain: Domain, test: Evaluation, ranks: torch.Tensor, full: torch.Tensor,
-                  items: dict[str, torch.Tensor], metrics: dict) -> None:
-    """ranks.csv, items.safetensors and metrics.json, as README.md describes them."""
-    rows = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"]
-            for user, item, rank, rank_full in zip(test.users, test.targets, ranks.tolist(), full.tolist())]
-    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
-    spaces = {name: items[name] for name in (*BOTH, "fused") if name in items}
-    safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
-    write_json(folder / "metrics.json", metrics)
+def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
+                  full: torch.Tensor, valid: dict, rows: dict[str, dict]) -> str:
+    """Write ranks.csv and metrics.json, as README.md describes them; return the tables, `rows` among them."""
+    lines = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"]
+             for user, item, rank, rank_full in zip(test.users, test.targets, ranks.tolist(), full.tolist())]
+    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], lines)
+    untied, name = ~torch.tensor(domain.tied), run_name(config)
+    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
+              "test_untied": hits_and_ndcg(ranks[untied])}
+    about = {"domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
+             "users": len(domain.user_ids), "items": len(domain.item_ids)}
+    write_json(folder / "metrics.json", {**about, **scores, "valid": valid})
+    return as_table({"chance": chance(), "popularity": popularity(domain, test)} | rows | {
+        name: scores["test"],
+        f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
+        f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"]}, "test") + "\n\n" + as_table(
+        by_frequency(domain, test, ranks))
 
 
-def as_table(rows: dict[str, dict]) -> str:
-    """The final table, ready to paste into Markdown."""
-    columns = list(chance())
-    lines = ["| " + " | ".join(["test", *columns]) + " |", "|" + "---|" * (1 + len(columns))]
-    for name, scores in rows.items():
-        lines.append("| " + " | ".join([name, *("-" if scores[c] is None else f"{scores[c]:.4f}" for c in columns)])
-                     + " |")
-    return "\n".join(lines)
+def as_table(rows: dict[str, dict], title: str = "") -> str:
+    """Named rows of scores as Markdown; a score that does not exist is a dash."""
+    columns = list(next(iter(rows.values())))
+    text = lambda value: "-" if value is None else f"{value:.4f}"
+    lines = [[title, *columns], ["---"] * (1 + len(columns)),
+             *([name, *(text(scores[column]) for column in columns)] for name, scores in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def set_up(config: Config) -> tuple[Domain, str, str]:
-    """The domain, the model and the device that `config` asks for, made if need be; says what they are."""
+def set_up(config: Config) -> tuple[Domain, Path, str, str]:
+    """The domain, its folder, the model and the device that `config` asks for, made if need be; says what they are."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = data.prepare_model(config.model, Path(config.data_dir))
-    check_model(model, config.revision)  # before the data, which may take hours to fetch
-    domain = data.read_domain(data.prepare_domain(config.domain, Path(config.data_dir), config.mirror))
+    if METHODS[config.method].modalities != ("ids",):
+        check_model(model, config.revision)  # before the data, which may take hours to fetch
+    folder = data.prepare_domain(config.domain, Path(config.data_dir), config.mirror)
+    domain = data.read_domain(folder)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
-          f"seed {config.seed}\n{data.describe(domain)}")
-    if len(domain.user_ids) < config.batch:
-        raise InputError(f"{domain.name} has {len(domain.user_ids)} users, less than one --batch of {config.batch}")
-    return domain, model, device
+          f"{config.method}, seed {config.seed}\n{data.describe(domain)}")
+    if (users := min(config.train_users or math.inf, len(domain.user_ids))) < config.batch:
+        raise InputError(f"{domain.name}: {users} users to train on, less than one --batch of {config.batch}")
+    return domain, folder, model, device
 
 
-def run(config: Config) -> None:
-    """Train and evaluate one method with one seed, or go on with it, or show its table if that is there already. Raises
-    InputError, which names what differs, if the folder holds a run with other settings."""
-    domain, model, device = set_up(config)
-    folder = Path(config.out, domain.name, f"{config.method}-seed{config.seed}")
+def run_name(config: Config) -> str:
+    """What tells a run's folder and its row in a table from others of its domain."""
+    name = config.method + ("+zero-shot" if config.adapter else "")
+    if config.embeddings:
+        path = Path(config.embeddings)
+        name += "+" + (path.parent.name if path.stem == "items" else path.stem).removesuffix(f"-seed{config.seed}")
+    return name
+
+
+def run(config: Config) -> Path:
+    """Train and evaluate one method with one seed, or go on with it, or show its table if that is there already; return
+    its folder. Raises InputError, which names what differs, if the folder holds a run with other settings."""
+    domain, source, model, device = set_up(config)
+    folder = Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
     wanted = settings(config, domain, device)
     with locked(folder):
         made = {} if config.restart else earlier_settings(folder, wanted)
         if made and (table := folder / TABLE).exists():  # the last file that a run writes
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
             print(f"\n{folder} is finished since {when}; --restart repeats it\n\n{table.read_text('utf-8')}")
-            return
-        encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
+            return folder
+        if METHODS[config.method].modalities == ("ids",):
+            vectors = read_vectors(Path(config.embeddings), domain, source) if config.embeddings else None
+            train_and_test = functools.partial(train_and_test_downstream, config, domain, vectors, device)
+        else:
+            encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
+            train_and_test = functools.partial(train_and_test_embedder, config, domain, encoder)
         if not made:
-            shutil.rmtree(folder / "adapter", ignore_errors=True)
             for path in folder.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(folder / "config.json", wanted)
-        table = train_and_test(config, domain, encoder, folder)
+        table = train_and_test(folder)
         with data.whole_file(folder / TABLE) as partial:
             partial.write_text(table + "\n", encoding="utf-8")
         (folder / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{table}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    return folder
 
 
 def earlier_settings(folder: Path, wanted: dict) -> dict:
@@ -961,12 +1048,13 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # if nothing was written
 
 
-def train_and_test(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
-    """Train if the method does, score the test split, write the results into `folder` and return their table."""
-    method, untied = METHODS[config.method], ~torch.tensor(domain.tied)
+def train_and_test_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
+    """Train if the method does, score the test split, write the results into `folder` and return their tables."""
+    method, rows, valid = METHODS[config.method], {}, None
     test = make_evaluation(domain, "test", config.history, config.seed)
-    rows, valid = {"chance": chance(), "popularity": popularity(domain, test)}, None
-    if method.contrast or method.topology:
+    if config.adapter:
+        load_adapter(encoder, config.adapter)
+    elif method.contrast or method.topology:
         torch.manual_seed(config.seed)
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
                            config.checkpointing == "on")
@@ -982,17 +1070,320 @@ def train_and_test(config: Config, domain: Domain, encoder: Encoder, folder: Pat
     if not valid:
         untrained = make_evaluation(domain, "valid", config.history, config.seed)
         valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
-    ranks, full = evaluate(encoder, method.modalities, items, test)
-    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
-              "test_untied": hits_and_ndcg(ranks[untied])}
-    about = {"domain": domain.name, "method": config.method, "seed": config.seed, "model": config.model,
-             "users": len(domain.user_ids), "items": len(domain.item_ids)}
-    write_results(folder, domain, test, ranks, full, items, {**about, **scores, "valid": valid})
-    return as_table(rows | {
-        config.method: scores["test"],
-        f"{config.method}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
-        f"{config.method}, against all {len(domain.item_ids):,} items": scores["test_full"]})
+    spaces = {name: items[name] for name in (*BOTH, "fused") if name in items}
+    safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
+    z = encoder.embed_fused(test.histories, method.modalities)
+    ranks = rank_users(z["fused"], items["fused"], test.targets, test.negatives, test.bought)
+    table = write_results(folder, config, domain, test, *ranks, valid, rows)
+    contact_sheet(folder / "recommendations.png", domain, test, z, items)
+    if len(method.modalities) == 2:
+        table += "\n\n" + as_table({"N@10 of": queries(z, items, test)}) + "\n\n" + as_table(
+            {space: geometry(z[space], items[space], test.targets, test.negatives) for space in z})
+    return table
 
+
+def train_and_test_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str,
+                              folder: Path) -> str:
+    """train_and_test_embedder for a model of item ids or of given item vectors."""
+    test, valid = (make_evaluation(domain, split, config.history, config.seed) for split in ("test", "valid"))
+    if config.method != "mean-pool":
+        model, scores = train_downstream(config.method, domain, config.seed, vectors, device)
+        return write_results(folder, config, domain, test, *model.rank(test), scores, {})
+    ranks = [rank_users(torch.stack([vectors[history].mean(dim=0) for history in split.histories]), vectors,
+                        split.targets, split.negatives, split.bought) for split in (test, valid)]
+    return write_results(folder, config, domain, test, *ranks[0], hits_and_ndcg(ranks[1][0]), {})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's evidence: tables over methods and seeds (Tables 2, 5), modality collapse (Section 3), downstream models
+# (Table 4), other embeddings, cold start (Fig. 3)
+# ----------------------------------------------------------------------------------------------------------------------
+
+def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
+    """Item vectors (N, D), float32, from .safetensors (its tensor "fused", or the only one) or .npy. They stand in the
+    order of the metadata's item_ids or else of items.csv in `folder`. Raises InputError if they do not fit."""
+    try:
+        if path.suffix == ".npy":
+            tensor, ids = torch.from_numpy(numpy.load(path, allow_pickle=False)), None
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                tensor = file.get_tensor("fused" if "fused" in file.keys() else [*file.keys()][0])
+                ids = json.loads((file.metadata() or {}).get("item_ids", "null"))
+    except (OSError, ValueError, IndexError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(f"--embeddings {path} cannot be read: {error}; give a .safetensors or .npy file") from None
+    ids = ids or list(data.read_items(folder))
+    place = {item: row for row, item in enumerate(ids)}
+    if tensor.ndim != 2 or len(tensor) != len(ids) or not set(domain.item_ids) <= set(place):
+        raise InputError(f"--embeddings {path} has the shape {tuple(tensor.shape)}, and {folder / 'items.csv'} has "
+                         f"{len(ids)} items: one row for each is needed, in that order")
+    tensor = tensor[[place[item] for item in domain.item_ids]].float()
+    if not tensor.isfinite().all():
+        raise InputError(f"--embeddings {path} holds values that are not finite")
+    return tensor
+
+
+def load_adapter(encoder: Encoder, folder: str) -> None:
+    """Put a trained adapter into the encoder. Raises InputError if there is none or it is of another model."""
+    try:
+        if not Path(folder, "adapter_config.json").exists():
+            raise ValueError("there is no adapter_config.json in it")
+        peft.PeftModel.from_pretrained(encoder.vlm, folder)
+    except (ValueError, KeyError, RuntimeError, OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"--adapter {folder} does not fit: {' '.join(str(error).split())[:300]}; give the folder "
+                         "adapter/ of a run with the same --model") from None
+
+
+def two_sided_p(t: float, df: int) -> float:
+    """P(|T| > t) of Student's t with df degrees of freedom, exact (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    theta, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
+    term, total = math.cos(theta) if odd else 1.0, 0.0
+    for n in range(2 + odd, df + 1, 2):
+        total, term = total + term, term * (n - 1) / n * math.cos(theta) ** 2
+    inside = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
+    return max(0.0, 1 - inside)
+
+
+def paired_t_test(a: list[float], b: list[float]) -> float:
+    """The two-sided p of a paired t-test; NaN for fewer than two pairs, 1 if no pair differs."""
+    if len(a) < 2:
+        return math.nan
+    differences = [x - y for x, y in zip(a, b)]
+    mean, spread = statistics.mean(differences), statistics.stdev(differences)
+    if spread == 0:
+        return 1.0 if mean == 0 else 0.0
+    return two_sided_p(mean / spread * math.sqrt(len(a)), len(a) - 1)
+
+
+def comparison(runs: dict[str, list[Path]], part: str = "test") -> str:
+    """Several methods over the same seeds, as Markdown: mean ± standard deviation (ddof 1), the best of a column in
+    bold, the second underlined, a star where vlm2rec differs from the best other method with p < .05 in a paired
+    t-test over the seeds."""
+    scores = {method: [json.loads((folder / "metrics.json").read_text())[part] for folder in folders]
+              for method, folders in runs.items()}
+    columns = [name for name in chance() if all(score[name] is not None for rows in scores.values() for score in rows)]
+    cells = {method: [] for method in runs}
+    for name in columns:
+        values = {method: [score[name] for score in rows] for method, rows in scores.items()}
+        ranked = sorted(values, key=lambda method: -statistics.mean(values[method]))
+        rival = next((method for method in ranked if method != "vlm2rec"), None)
+        for method, row in values.items():
+            text = f"{statistics.mean(row):.4f}" + (f" ± {statistics.stdev(row):.4f}" if len(row) > 1 else "")
+            if method == "vlm2rec" and rival and paired_t_test(row, values[rival]) < 0.05:
+                text += " *"
+            mark = {0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", ""))
+            cells[method].append(text.join(mark))
+    seeds = len(next(iter(runs.values())))
+    lines = [f"| {part}, {seeds} seeds | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
+    return "\n".join(lines + [f"| {method} | " + " | ".join(row) + " |" for method, row in cells.items()])
+
+
+def user_gains(folders: list[Path]) -> dict[str, float]:
+    """Each test user's N@10, as a mean over the runs in `folders`."""
+    gains = collections.defaultdict(list)
+    for folder in folders:
+        for _, user, rank in data.read_csv(folder / "ranks.csv", ("user_id", "rank")):
+            gains[user].append(1 / math.log2(1 + float(rank)) if float(rank) <= 10 else 0.0)
+    return {user: statistics.mean(values) for user, values in gains.items()}
+
+
+def per_user_comparison(runs: dict[str, list[Path]]) -> str:
+    """vlm2rec against each other method, user by user: the mean difference in N@10 with its standard error."""
+    gains = {method: user_gains(folders) for method, folders in runs.items()}
+    lines = []
+    for method in (method for method in runs if method != "vlm2rec" and "vlm2rec" in runs):
+        users = sorted(gains["vlm2rec"])
+        ours, theirs = ([gains[name][user] for user in users] for name in ("vlm2rec", method))
+        difference = [a - b for a, b in zip(ours, theirs)]
+        error = statistics.stdev(difference) / math.sqrt(len(users))
+        better, worse = (sum(sign * d > 0 for d in difference) / len(users) for sign in (1, -1))
+        lines.append(f"- vlm2rec against {method}, N@10 per user: {statistics.mean(difference):+.4f} ± {error:.4f} "
+                     f"(standard error over {len(users):,} users), better for {better:.0%}, worse for {worse:.0%}, "
+                     f"p = {paired_t_test(ours, theirs):.2g}")
+    return "\n".join(lines)
+
+
+def write_comparison(runs: dict[str, list[Path]]) -> None:
+    """Print the tables over methods and seeds, and write them beside the runs."""
+    text = "\n\n".join([comparison(runs), comparison(runs, "test_full"), comparison(runs, "valid"),
+                        per_user_comparison(runs)]).strip()
+    path = next(iter(runs.values()))[0].parent / ("-".join(runs) + ".md")
+    with data.whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\nwrote {path}")
+
+
+def queries(z: dict, e: dict, test: Evaluation) -> dict[str, float]:
+    """N@10 when the histories of one space look for the items of another (Fig. 1a: f2f, t2f, v2f), and each modality
+    by itself (t2t, v2v)."""
+    pairs = {"f2f": ("fused", "fused"), "t2f": ("text", "fused"), "v2f": ("vision", "fused"),
+             "t2t": ("text", "text"), "v2v": ("vision", "vision")}
+    rank = lambda query, item: rank_users(z[query], e[item], test.targets, test.negatives, test.bought)[0]
+    return {name: hits_and_ndcg(rank(query, item))["N@10"] for name, (query, item) in pairs.items()
+            if query in z and item in e}
+
+
+def geometry(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor) -> dict[str, float]:
+    """A_pos, A_neg, U and S of a space on unit vectors (Table 1, Eqs. 4, 5).
+
+    Args:
+        z: (U, D) users; e: (N, D) items; targets: U items; negatives: (U, 100) items, the sampler P_n.
+    Returns:
+        Mean squared distances to the target and to the negatives, the logarithm of the mean of exp(-2 distance^2) over
+        all pairs of a user and an item (P_u), and A_neg / A_pos.
+    """
+    positive, negative, near = [], [], []
+    for start in range(0, len(z), 1024):
+        part = slice(start, start + 1024)
+        distance = 2 - 2 * cosine(z[part], e)                                                  # squared, (chunk, N)
+        positive.append(distance.gather(1, torch.tensor(targets[part])[:, None]).flatten())
+        negative.append(distance.gather(1, negatives[part]).mean(dim=1))
+        near.append((-2 * distance).exp().mean(dim=1))
+    a_pos, a_neg, uniformity = (torch.cat(values).mean().item() for values in (positive, negative, near))
+    return {"A_pos": a_pos, "A_neg": a_neg, "U": math.log(uniformity), "S": a_neg / (a_pos + 1e-12)}
+
+
+def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
+                     tau: float, tau_crtr: float, lam: float) -> dict[str, float]:
+    """cos(g_total, g_T) and cos(g_total, g_V) (Fig. 1b): the method's gradient beside that of InfoNCE on one modality
+    alone, for the same batch, without dropout, over all of LoRA."""
+    encoder.vlm.eval()
+    lora = [weight for weight in encoder.vlm.parameters() if weight.requires_grad]
+
+    def gradient(of: Method) -> torch.Tensor:
+        loss, _ = batch_loss(encoder, of, batch, alpha, beta, tau, tau_crtr, lam)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora)])
+    total = gradient(method)
+    cosines = {f"cos_{modality}": torch.cosine_similarity(total, gradient(METHODS[modality]), dim=0).item()
+               for modality in BOTH}
+    encoder.vlm.train()
+    return cosines
+
+
+def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[str, dict]:
+    """H@k and N@k by how often the target occurs in training, all but the last two items of each user (Fig. 3)."""
+    count = collections.Counter(item for sequence in domain.sequences for item in sequence[:-2])
+    often = torch.tensor([count[target] for target in test.targets])
+    edges = [(0, 4), (5, 9), (10, 19), (20, None)]
+    rows = {}
+    for low, high in edges:
+        these = (often >= low) & (often <= (high or often.max()))
+        rows[f"targets seen {low}{f' to {high}' if high else ' times or more'} ({int(these.sum()):,} users)"] = (
+            hits_and_ndcg(ranks[these]))
+    return rows
+
+
+class SequenceRecommender(torch.nn.Module):
+    """SASRec (self-attention) or GRU4Rec over item ids (Table 2), or, given item vectors (N, D), initialised with them
+    through one linear adapter to d (Task 2, Table 4)."""
+
+    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, d: int = 128, length: int = 50,
+                 dropout: float = 0.2):
+        super().__init__()
+        self.length = length
+        self.table = torch.nn.Embedding(items, d if vectors is None else vectors.shape[1])
+        torch.nn.init.normal_(self.table.weight, std=0.02)
+        self.adapter = torch.nn.Identity()
+        if vectors is not None:
+            self.adapter = torch.nn.Linear(vectors.shape[1], d)
+            self.table.weight.data.copy_(torch.nn.functional.normalize(vectors, dim=1))
+        self.dropout, self.kind = torch.nn.Dropout(dropout), kind
+        if kind == "sasrec":
+            self.position = torch.nn.Embedding(length, d)
+            torch.nn.init.normal_(self.position.weight, std=0.02)
+            layer = torch.nn.TransformerEncoderLayer(d, 2, d, dropout, "gelu", batch_first=True, norm_first=True)
+            self.body = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(d), enable_nested_tensor=False)
+        else:
+            self.body = torch.nn.GRU(d, d, batch_first=True)
+
+    def items(self) -> torch.Tensor:
+        """(N, d): what scores are inner products with."""
+        return self.adapter(self.table.weight)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """(B, L, d): the state after each item of (B, L) items, padded on the right with anything."""
+        states = self.adapter(self.table(sequences))
+        if self.kind == "gru4rec":
+            return self.body(self.dropout(states))[0]
+        places = torch.arange(sequences.shape[1], device=sequences.device)
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(len(places), device=sequences.device)
+        return self.body(self.dropout(states + self.position(places)), mask=mask, is_causal=True)
+
+    @torch.no_grad()
+    def rank(self, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both ranks of a split's targets, as rank_users gives them, by inner product."""
+        self.eval()
+        sequences = [bought[:bought.index(target)][-self.length:]
+                     for bought, target in zip(evaluation.bought, evaluation.targets)]
+        states = self(pad(sequences, 0).to(self.table.weight.device))
+        z = last_token(states, torch.tensor([len(sequence) - 1 for sequence in sequences])).cpu()
+        return rank_users(z, self.items().cpu(), evaluation.targets, evaluation.negatives, evaluation.bought, dot=True)
+
+
+def train_downstream(kind: str, domain: Domain, seed: int, vectors: torch.Tensor | None, device: str,
+                     epochs: int = 200, patience: int = 10, lr: float = 1e-3, batch: int = 128) -> tuple:
+    """Train a SequenceRecommender on every item but the last two of each user, by cross-entropy over the catalogue.
+    Returns it after the epoch with the best validation N@10, and that epoch's scores."""
+    torch.manual_seed(seed)
+    model = SequenceRecommender(kind, len(domain.item_ids), vectors).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    sequences = [sequence[:-2][-model.length - 1:] for sequence in domain.sequences]
+    valid, best, waited = make_evaluation(domain, "valid", 10, seed), {"N@10": -1.0}, 0
+    for epoch in bar(range(1, epochs + 1), f"train {kind}"):
+        model.train()
+        for users in shuffled_batches(len(sequences), min(batch, len(sequences)), seed, epoch):
+            rows = pad([sequences[user] for user in users], -1).to(device)                        # (B, 1 + L)
+            logits = model(rows[:, :-1].clamp(min=0)) @ model.items().T                            # (B, L, N)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scores, waited = hits_and_ndcg(model.rank(valid)[0]), waited + 1
+        if scores["N@10"] > best["N@10"]:
+            best, kept, waited = scores, copy.deepcopy(model.state_dict()), 0
+        if waited == patience:
+            break
+    model.load_state_dict(kept)
+    return model, best
+
+
+def pad(sequences: list[list[int]], value: int) -> torch.Tensor:
+    """(B, L) from B lists, padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=value)
+
+
+def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict, users: int = 4,
+                  side: int = 72) -> None:
+    """A picture of recommendations: for some users the latest items of the history and the one bought next, then the
+    top five of each space among all items that the user did not buy before; a hit is framed."""
+    font, rows = PIL.ImageFont.load_default(11), []
+    for row in range(0, len(test.users), max(1, len(test.users) // users))[:users]:
+        rows.append(("history", test.histories[row][-5:], None))
+        rows.append(("bought next", [test.targets[row]], None))
+        for space in z:
+            scores = cosine(z[space][row:row + 1], e[space])[0]
+            scores[[item for item in test.bought[row] if item != test.targets[row]]] = -torch.inf
+            rows.append((f"top 5, {space}", scores.topk(5).indices.tolist(), test.targets[row]))
+    height = side + 30
+    sheet = PIL.Image.new("RGB", (110 + 5 * (side + 60), height * len(rows)), "white")
+    draw = PIL.ImageDraw.Draw(sheet)
+    for y, (name, items, target) in enumerate(rows):
+        draw.text((6, y * height + side // 2), name, "black", font)
+        if name == "history":
+            draw.line((0, y * height, sheet.width, y * height), "grey", 2)
+        for x, item in enumerate(items):
+            left, top = 110 + x * (side + 60), y * height + 6
+            sheet.paste(data.load_picture(domain.pictures[item]).resize((side, side)), (left, top))
+            title = textwrap.shorten(domain.titles[item], 22, placeholder="…")
+            draw.text((left, top + side + 3), title, "black", font)
+            if item == target:
+                draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline="green", width=4)
+    with data.whole_file(path) as partial:
+        sheet.save(partial, "PNG")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake that the message tells how to mend, 1 for a run that diverged, 130 for Ctrl-C."""
@@ -1002,7 +1393,11 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        run(parse_config(argv))
+        runs, configs = {}, parse_config(argv)
+        for config in configs:
+            runs.setdefault(run_name(config), []).append(run(config))
+        if len(configs) > 1:
+            write_comparison(runs)
     except (InputError, OSError, safetensors.SafetensorError) as error:
         message, code = str(error), 2
     except (RuntimeError, MemoryError) as error:
