@@ -932,7 +932,8 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, h
     assert (tmp_path / "sample" / "vlm2rec-seed0" / "ranks.csv").read_bytes() == (finished / "ranks.csv").read_bytes()
 
 
-@pytest.mark.parametrize("method", [name for name in vlm2rec.METHODS if name != "vlm2rec"])
+@pytest.mark.parametrize("method", [name for name, method in vlm2rec.METHODS.items()
+                                    if name != "vlm2rec" and method.modalities != ("ids",)])
 def test_the_other_methods(home, finished, method, capsys):
     with contextlib.chdir(home):
         assert command("--method", method, "--epochs", 1) == 0
@@ -1501,7 +1502,10 @@ def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
     (["--model", "./runs/sample/vlm2rec-seed0/adapter"], "vlm2rec-seed0/adapter cannot be loaded: Unrecognized model"),
     (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 30 tensors"),
     (["--batch", "1"], "--batch 1: it has to be at least 2"),
-    (["--batch", "999"], "users, less than one --batch of 999"),
+    (["--batch", "999"], "222 users to train on, less than one --batch of 999"),
+    (["--train-users", "7"], "7 users to train on, less than one --batch of 8"),
+    (["--method", "sft", "--embeddings", "x.npy"], "--embeddings is for sasrec, gru4rec and mean-pool"),
+    (["--seeds", "0"], "--seeds 0: it has to be at least 1"),
     (["--image-size", "100"], "--image-size 100"),
     (["--tau", "0"], "--tau"),
     pytest.param(["--device", "cuda"], "torch sees no CUDA GPU",
@@ -1556,12 +1560,16 @@ def test_the_readmes_catalogue_of_ones_own_is_a_domain(tmp_path, monkeypatch):
 
 
 def test_the_readmes_commands_and_names_exist():
-    for line in re.findall(r"python vlm2rec\.py (--[^#\n`|;]*)", README):
+    commands = re.findall(r"python vlm2rec\.py (--[^#\n`|;]*)", README)
+    reproduce = re.search(r"## Reproduce the paper.*?## ", README, re.S)[0]
+    commands += ["--domain toys " + flags for flags in re.findall(r"^\|[^|]*\| `(--[^`]*)`", reproduce, re.M)]
+    assert len(commands) > 12
+    for line in (re.sub(r"\$\w+", "1", command) for command in commands):
         if "--help" not in line:
-            vlm2rec.parse_config(line.split("#")[0].split())
+            vlm2rec.parse_config(line.replace('"', "").split())
     table = re.search(r"\| in the paper .*?\n\n", README, re.S)[0]
     for name in re.findall(r"`(\w+)`", table):
         assert name in globals() if name.startswith("test_") else hasattr(vlm2rec, name), name
     assert not re.search(r"@[A-Z]+@", README + vlm2rec.__doc__)                # a place that was to be filled in
     flags = {"--" + field.replace("_", "-") for field in vlm2rec.Config.__dataclass_fields__}
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help", "--version"} <= flags
+    assert set(re.findall(r"--[a-z][a-z-]+", README)) - {"--help", "--version", "--seeds"} <= flags
