@@ -130,8 +130,9 @@ def option(default, help: str, **kwargs):
 class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
-    method: str = option("vlm2rec", "one or more; vanilla: no training; sft, text, vision, internal: Eq. 3; no-...: "
-                         "ablations; sasrec, gru4rec, mean-pool: see --embeddings", choices=list(METHODS))
+    method: str = option("vlm2rec", "one or more: vlm2rec; vanilla (no training); sft, text, vision, internal (Eq. 3); "
+                         "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sasrec, gru4rec, mean-pool (see "
+                         "--embeddings)", choices=list(METHODS))
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
@@ -151,7 +152,8 @@ class Config:
     lora_rank: int = option(16, "LoRA's rank")
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank")
     lora_dropout: float = option(0.2, "dropout in front of LoRA")
-    checkpointing: str = option("on", "gradient checkpointing; off: faster, more memory", choices=["on", "off"])
+    checkpointing: str = option("on", "gradient checkpointing; off: same results, a third less work, more memory",
+                                choices=["on", "off"])
     train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all")
     adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6)")
     embeddings: str = option("", "item vectors for sasrec and gru4rec (Task 2; without: ids) or mean-pool (Task 1): "
@@ -190,7 +192,9 @@ def parse_config(argv: list[str] | None = None) -> list[Config]:
         choices = field.metadata.get("choices")
         kind = dict(action="store_true") if field.type == "bool" else dict(
             type={"str": str, "int": int, "float": float}[field.type], choices=choices,
-            metavar=None if choices else field.type, nargs="+" if field.name == "method" else None)
+            metavar=None if choices else field.type)
+        if field.name == "method":
+            kind |= dict(nargs="+", metavar="name")
         parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})", **kind)
     parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
     given = vars(parser.parse_args(argv))
@@ -1393,7 +1397,6 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         runs, configs = {}, parse_config(argv)
         for config in configs:
@@ -1421,4 +1424,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     sys.exit(main())
