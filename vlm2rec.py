@@ -1287,7 +1287,7 @@ class SequenceRecommender(torch.nn.Module):
         super().__init__()
         self.length = length
         self.table = torch.nn.Embedding(items, d if vectors is None else vectors.shape[1])
-        torch.nn.init.normal_(self.table.weight, std=0.02)
+        torch.nn.init.normal_(self.table.weight, std=0.02 if kind == "sasrec" else d ** -0.5)  # each one's better
         self.adapter = torch.nn.Identity()
         if vectors is not None:
             self.adapter = torch.nn.Linear(vectors.shape[1], d)
