@@ -1015,7 +1015,7 @@ def test_other_settings_are_named_and_nothing_is_touched_until_restart(finished,
 def start(home, out, *flags):
     """The finished run as a process of its own, in another folder of results."""
     command = [sys.executable, HERE / "vlm2rec.py", "--epochs", "2", "--log-every", "3", "--save-every", "10",
-               "--out", out, *flags]
+               "--gradients-every", "10", "--out", out, *flags]
     pipe = subprocess.PIPE
     return subprocess.Popen(list(map(str, command)), cwd=home, stdout=pipe, stderr=pipe, text=True)
 
@@ -1077,7 +1077,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, 
     code = (f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import vlm2rec; "
             "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(vlm2rec.main(sys.argv[1:]))")
     process = subprocess.run([sys.executable, "-c", code, "--epochs", "2", "--log-every", "3", "--save-every", "10",
-                              "--out", tmp_path], cwd=home, capture_output=True, text=True)
+                              "--gradients-every", "10", "--out", tmp_path], cwd=home, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.strip().endswith(f"File too large: '{folder / 'checkpoint.pt'}'")
     assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
     assert start(home, tmp_path).wait() == 0

@@ -58,7 +58,7 @@ import textwrap
 import time
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import numpy
 import peft
@@ -343,7 +343,7 @@ class Encoder:
     def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
         """Embeddings (B, D), float32, of B prompts, padded to the longest."""
         lm, device = self.vlm.language_model, self.device
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt.ids) for prompt in prompts], batch_first=True)
+        ids = pad([prompt.ids for prompt in prompts], 0)                                           # (B, L)
         last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
         shown = [item for prompt in prompts for item in prompt.pictures]
         self.tokens += sum(len(prompt.ids) for prompt in prompts)
@@ -395,6 +395,11 @@ def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
         tokens += lengths[row]
     if rows:
         yield rows
+
+
+def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
+    """(B, L) from B lists, padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=value)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -655,10 +660,16 @@ def chance(candidates: int = 1 + data.NEGATIVES) -> dict[str, float]:
 
 def popularity(domain: Domain, evaluation: Evaluation) -> dict[str, float]:
     """What it scores to rank by the number of interactions before the validation target."""
+    count = training_counts(domain)
+    return hits_and_ndcg(target_rank(count[evaluation.targets], count[evaluation.negatives]))
+
+
+def training_counts(domain: Domain) -> torch.Tensor:
+    """(N,) how many users have each item before their validation target."""
     count = torch.zeros(len(domain.item_ids))
     for sequence in domain.sequences:
         count[sequence[:-2]] += 1
-    return hits_and_ndcg(target_rank(count[evaluation.targets], count[evaluation.negatives]))
+    return count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -720,8 +731,8 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
     states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)                      # (2, 2, B, D)
     z = fuse(dict(zip(method.modalities, states[:, 0])))                                           # (B, D) each
     e = fuse(dict(zip(method.modalities, states[:, 1])))
-    bought = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, bought)), batch_first=True, padding_value=-1)
-    negatives = to_device(in_batch_negatives(torch.tensor(targets), bought), encoder.device)       # (B, B)
+    negatives = in_batch_negatives(torch.tensor(targets), pad(bought, -1))                         # (B, B)
+    negatives = to_device(negatives, encoder.device)
     loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
     if "text" in z and "vision" in z:  # Eq. 2 adds raw vectors: the longer one speaks louder
         terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
@@ -763,10 +774,11 @@ def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Con
     checkpoint = Checkpoint(folder / CHECKPOINT, config.save_every, log, optimizer, lora, penalty)
 
     def after_step(terms: dict[str, torch.Tensor], users: list[int]) -> None:
+        """Fig. 1b's cosines when they are due, then the checkpoint, which has to find their line in the log."""
+        if config.gradients_every and (log.step + 1) % config.gradients_every == 0:
+            log.append({"step": log.step + 1} | gradient_cosines(encoder, method, [samples[user] for user in users],
+                                                                 *penalty(), config.tau, config.tau_crtr, config.lam))
         checkpoint.after_step(terms, users)
-        if config.gradients_every and log.step % config.gradients_every == 0:
-            log.append({"step": log.step} | gradient_cosines(encoder, method, [samples[user] for user in users],
-                                                             *penalty(), config.tau, config.tau_crtr, config.lam))
 
     for epoch in range(max(1, math.ceil(log.step / steps)), config.epochs + 1):
         batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)[log.step - (epoch - 1) * steps:]
@@ -918,10 +930,15 @@ def format_scores(scores: dict[str, float | None]) -> str:
     return "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items())
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write lines of UTF-8, which appear when they are whole."""
+    with data.whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write readable JSON, which appears when it is whole."""
-    with data.whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1))
 
 
 def settings(config: Config, domain: Domain, device: str) -> dict:
@@ -1012,8 +1029,7 @@ def run(config: Config) -> Path:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(folder / "config.json", wanted)
         table = train_and_test(folder)
-        with data.whole_file(folder / TABLE) as partial:
-            partial.write_text(table + "\n", encoding="utf-8")
+        write_text(folder / TABLE, table)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{table}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     return folder
@@ -1213,8 +1229,7 @@ def write_comparison(runs: dict[str, list[Path]]) -> None:
     text = "\n\n".join([comparison(runs), comparison(runs, "test_full"), comparison(runs, "valid"),
                         per_user_comparison(runs)]).strip()
     path = next(iter(runs.values()))[0].parent / ("-".join(runs) + ".md")
-    with data.whole_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text)
     print(f"\n{text}\n\nwrote {path}")
 
 
@@ -1267,8 +1282,7 @@ def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha
 
 def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[str, dict]:
     """H@k and N@k by how often the target occurs in training, all but the last two items of each user (Fig. 3)."""
-    count = collections.Counter(item for sequence in domain.sequences for item in sequence[:-2])
-    often = torch.tensor([count[target] for target in test.targets])
+    often = training_counts(domain)[test.targets]
     edges = [(0, 4), (5, 9), (10, 19), (20, None)]
     rows = {}
     for low, high in edges:
@@ -1350,11 +1364,6 @@ def train_downstream(kind: str, domain: Domain, seed: int, vectors: torch.Tensor
             break
     model.load_state_dict(kept)
     return model, best
-
-
-def pad(sequences: list[list[int]], value: int) -> torch.Tensor:
-    """(B, L) from B lists, padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=value)
 
 
 def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict, users: int = 4,
