@@ -334,13 +334,14 @@ BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"] 
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
 
 
-def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8) -> None:
+def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8,
+                       brand: float = 0.7, shape: float = 0.7) -> None:
     """Write a synthetic domain in which each modality is clear about one thing and vague about another.
 
     An item has one of 8 categories and one of 8 styles; each of the 64 cells holds `per_cell` items, whose popularity
-    is log-normal. The title is a brand, a noun and a number. The noun always names the category; the brand is the
-    style's in 70 % of the items and a random one in the rest. The picture shows one shape of one colour. The hue always
-    shows the style; the shape is the category's in 70 % and a random one in the rest; place, size and shade vary.
+    is log-normal. The title is a brand, a noun and a number. The noun names the category; the brand is the style's in a
+    share `brand` of the items (1: the title says everything), else a random one. The picture shows one shape of one
+    colour. The hue shows the style; the shape is the category's in a share `shape`, else random; place and shade vary.
 
     A user starts in a random cell and takes 5 to 10 steps. At each step the category stays (50 %), moves on to the next
     one (35 %) or is drawn anew (15 %); independently, the style stays (60 %), moves on (25 %) or is drawn anew (15 %).
@@ -351,16 +352,16 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
     cells = {(category, style): [f"{category}{style}{k:02}" for k in range(per_cell)]
              for category in range(8) for style in range(8)}
     popularity = {item: rng.lognormvariate(0, 0.7) for items in cells.values() for item in items}
-    blur = lambda value: value if rng.random() < 0.7 else rng.randrange(8)
+    blur = lambda value, share: value if rng.random() < share else rng.randrange(8)
     move = lambda value, *odds: rng.choices([value, (value + 1) % 8, rng.randrange(8)], odds)[0]
     with whole_folder(folder) as partial:
         (partial / "images").mkdir()
         rows = []
         for (category, style), items in cells.items():
             for item in items:
-                title, image = f"{BRANDS[blur(style)]} {NOUNS[category]} {rng.randrange(100)}", f"images/{item}.png"
-                rows.append([item, title, image])
-                draw_item(rng, SHAPES[blur(category)], style / 8).save(partial / image)
+                title = f"{BRANDS[blur(style, brand)]} {NOUNS[category]} {rng.randrange(100)}"
+                rows.append([item, title, image := f"images/{item}.png"])
+                draw_item(rng, SHAPES[blur(category, shape)], style / 8).save(partial / image)
         write_csv(partial / "items.csv", ["item_id", "title", "image"], rows)
         events = []
         for user in range(users):
