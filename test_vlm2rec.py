@@ -470,6 +470,16 @@ def test_the_sample_world_is_the_same_every_time_and_each_modality_is_clear_abou
         assert abs(hue - 256 * int(row[0][1]) / 8) < 4
 
 
+def test_the_shares_say_how_often_the_brand_names_the_style_and_the_shape_shows_the_category(tmp_path, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(data, "draw_item", lambda rng, shape, hue: shapes.append(shape) or Image.new("RGB", (8, 8)))
+    data.write_sample_world(tmp_path / "lopsided", users=1, brand=1.0, shape=0.3)
+    rows = rows_of(tmp_path / "lopsided", "items.csv")
+    assert all(row[1].split()[0] == data.BRANDS[int(row[0][1])] for row in rows)
+    shape_is_right = [shape == data.SHAPES[int(row[0][0])] for row, shape in zip(rows, shapes)]
+    assert sum(shape_is_right) / len(rows) == pytest.approx(0.3 + 0.7 / 8, abs=0.07)
+
+
 def test_importing_does_nothing(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; assert 'torch' not in sys.modules; "
             "import vlm2rec, torch; assert not torch.cuda.is_initialized()")
@@ -933,7 +943,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, h
 
 
 @pytest.mark.parametrize("method", [name for name, method in vlm2rec.METHODS.items()
-                                    if name != "vlm2rec" and method.modalities != ("ids",)])
+                                    if name != "vlm2rec" and method.modalities])
 def test_the_other_methods(home, finished, method, capsys):
     with contextlib.chdir(home):
         assert command("--method", method, "--epochs", 1) == 0
@@ -1049,7 +1059,7 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(calm, hom
     while not (folder / "log.jsonl").exists():                       # step 3 is behind it
         time.sleep(0.01)
     process.send_signal(number)
-    assert "the same command goes on from here" in process.communicate()[1] and process.returncode == 130
+    assert "the same command goes on" in process.communicate()[1] and process.returncode == 130
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 3 <= step < 40
     process = start(home, tmp_path, "--save-every", "1000")
@@ -1170,12 +1180,16 @@ def test_the_comparison_by_hand(tmp_path):
             "vlm2rec": fake_runs(tmp_path, "vlm2rec", [0.2, 0.31, 0.4], [1, 1, 50]),
             "text": fake_runs(tmp_path, "text", [0.0, 0.0, 0.0], [1, 2, 50])}
     rows = [row.split(" | ") for row in vlm2rec.comparison(runs).splitlines()]
-    assert rows[0] == ["| test, 3 seeds", *list(vlm2rec.chance())[:3], "N@20 |"]
+    assert rows[0] == ["| test, seed0-2", *list(vlm2rec.chance())[:3], "N@20 |"]
     assert rows[2][:2] == ["| sft", "<u>0.2000 ± 0.1000</u>"] and rows[4][:2] == ["| text", "0.0000 ± 0.0000"]
-    assert rows[3][:2] == ["| vlm2rec", "**0.3033 ± 0.1002 ***"]               # differences .1 .11 .1: p = .001
-    against_sft = vlm2rec.per_user_comparison(runs).splitlines()[0]
+    assert rows[3][:2] == ["| vlm2rec", "**0.3033 ± 0.1002** *"]               # differences .1 .11 .1: p = .001
+    against_sft = vlm2rec.differences(runs).splitlines()[0]
     difference = (1 - 1 / math.log2(3)) / 3                                    # one user of three is better
     assert f"{difference:+.4f} ± {difference:.4f}" in against_sft and "better for 33%, worse for 0%" in against_sft
+    assert against_sft.endswith("over the users, 0.001 over the seeds")
+    del runs["vlm2rec"]                                                        # then the best is the reference
+    assert [line.partition(",")[0] for line in vlm2rec.differences(runs).splitlines()] == ["- sft against text"]
+    assert "| **0.2000 ± 0.1000** | " in vlm2rec.comparison(runs)               # p = .07: no star
 
 
 def spaces(users=50, items=130, seed=0):
@@ -1208,14 +1222,12 @@ def test_queries_tell_the_modality_that_knows_the_target_from_the_one_that_does_
     found = vlm2rec.queries(vlm2rec.fuse(z), vlm2rec.fuse(e), test)
     assert list(found) == ["f2f", "t2f", "v2f", "t2t", "v2v"] and found["t2t"] == found["v2f"] == 1
     assert max(found["f2f"], found["t2f"], found["v2v"]) < 1
-    assert list(vlm2rec.queries({"text": z["text"], "fused": z["text"]}, {"text": e["text"], "fused": e["text"]}, test)
-                ) == ["f2f", "t2f", "t2t"]
 
 
 def test_gradient_cosines_against_plain_backward_passes(encoder):
-    adapted, one = with_lora(encoder, dropout=0.2), torch.tensor(1.0)
+    adapted, one = with_lora(encoder, dropout=0.2, checkpointing=True), torch.tensor(1.0)
     batch = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(6)]
-    gradients = {}
+    gradients, forward = {}, []
     encoder.vlm.eval()
     for name in ("sft", "text", "vision"):
         adapted.zero_grad()
@@ -1223,8 +1235,14 @@ def test_gradient_cosines_against_plain_backward_passes(encoder):
         gradients[name] = torch.cat([p.grad.flatten() for p in adapted.parameters() if p.requires_grad])
     state = torch.get_rng_state()
     encoder.vlm.train()
+    encoder.vlm.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: forward.append(1))
     found = vlm2rec.gradient_cosines(encoder, vlm2rec.METHODS["sft"], batch, one, one, 0.1, 0.1, 0.5)
-    assert encoder.vlm.training and torch.equal(state, torch.get_rng_state())  # the run goes on as if nothing had been
+    assert torch.equal(state, torch.get_rng_state())                # the run goes on as if nothing had been
+    assert all(module.training for module in encoder.vlm.language_model.modules())
+    calls = len(forward)
+    for name in ("sft", "text", "vision"):
+        vlm2rec.batch_loss(encoder, vlm2rec.METHODS[name], batch, one, one, 0.1, 0.1, 0.5)
+    assert calls == 2 * (len(forward) - calls)                      # checkpointed: backward repeats forward
     for name in ("text", "vision"):
         a, b = gradients["sft"], gradients[name]
         assert found[f"cos_{name}"] == pytest.approx((a @ b / a.norm() / b.norm()).item(), abs=1e-5)
@@ -1242,9 +1260,9 @@ def walkers(tmp_path, steps=8):
 @pytest.mark.parametrize("vectors", [None, torch.eye(120)])
 def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(tmp_path, kind, vectors):
     domain = walkers(tmp_path)
-    model, valid = vlm2rec.train_downstream(kind, domain, 0, vectors, "cpu", epochs=100, lr=5e-3, batch=32)
-    test = vlm2rec.make_evaluation(domain, "test", 10, 0)
-    assert valid["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
+    valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
+    model, best = vlm2rec.train_downstream(kind, domain, valid, vectors, "cpu", epochs=100, lr=5e-3, batch=32)
+    assert best["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
     assert isinstance(model.adapter, torch.nn.Linear) == (vectors is not None) and model.items().shape == (120, 128)
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 9, 9]])
     with torch.no_grad():
@@ -1262,34 +1280,90 @@ def test_targets_are_counted_in_training_only(tmp_path):
 
 
 def test_item_vectors_of_others(finished, home, tmp_path, capsys):
-    """mean-pool with an oracle's vectors, in both formats; downstream with a run's; and what does not fit."""
-    domain = data.read_domain(home / "domains" / "sample")
-    titles = len(rows_of(home / "domains" / "sample", "items.csv"))
-    numpy.save(tmp_path / "one.npy", torch.eye(titles).numpy())
-    safetensors.torch.save_file({"x": torch.ones(titles, 3)}, tmp_path / "constant.safetensors")
-    numpy.save(tmp_path / "short.npy", torch.eye(titles - 1).numpy())
-    numpy.save(tmp_path / "nan.npy", torch.full((titles, 2), math.nan).numpy())
-    out, items = ["--out", tmp_path], finished / "items.safetensors"
-    with contextlib.chdir(home):
-        assert command("--method", "mean-pool", "--embeddings", tmp_path / "constant.safetensors", *out) == 0
-        assert command("--method", "mean-pool", "--embeddings", tmp_path / "one.npy", *out) == 0
-        assert command("--method", "mean-pool", "--embeddings", finished.with_name("vlm2rec-seed{seed}") /
-                       "items.safetensors", *out) == 0
-        for method, name, expected in (
-                ("mean-pool", "", "needs item vectors"), ("mean-pool", "no.npy", "cannot be read"),
-                ("sasrec", "short.npy", "one row for each"), ("gru4rec", "nan.npy", "not finite")):
-            capsys.readouterr()
-            assert command("--method", method, *out, "--embeddings", name and tmp_path / name) == 2
-            assert expected in capsys.readouterr().err
-    metrics = json.loads((tmp_path / "sample" / "mean-pool+constant-seed0" / "metrics.json").read_text())
-    assert metrics["test"]["N@10"] == 0 and metrics["method"] == "mean-pool+constant"    # all tied: rank 51
-    assert (tmp_path / "sample" / "mean-pool+vlm2rec-seed0" / "ranks.csv").exists()
-    sample = home / "domains" / "sample"
-    assert torch.equal(vlm2rec.read_vectors(items, domain, sample), safetensors.torch.load_file(items)["fused"])
+    """Two tables of vectors in one command, in both formats; a run's own; and what they are compared by."""
+    domain, sample = data.read_domain(home / "domains" / "sample"), home / "domains" / "sample"
     order = [row[0] for row in rows_of(sample, "items.csv")]
+    numpy.save(tmp_path / "one.npy", torch.eye(len(order)).numpy())
+    safetensors.torch.save_file({"x": torch.ones(len(order), 3)}, tmp_path / "constant.safetensors")
+    items = finished / "items.safetensors"
+    flags = ["--method", "mean-pool", "--seeds", 2, "--out", tmp_path]
+    with contextlib.chdir(home):
+        assert command(*flags, "--embeddings", tmp_path / "one.npy", tmp_path / "constant.safetensors", items) == 0
+        assert "| mean-pool+constant | 0.0000 ± 0.0000" in capsys.readouterr().out              # all tied: rank 51
+        assert {path.name for path in (tmp_path / "sample").glob("*-seed?")} == {
+            f"mean-pool+{name}-seed{seed}" for name in ("one", "constant", "vlm2rec") for seed in (0, 1)}
+        numpy.save(tmp_path / "one.npy", torch.eye(len(order)).numpy()[::-1])
+        assert command(*flags, "--embeddings", tmp_path / "one.npy") == 2                       # not the old result
+        assert "given_digest was" in capsys.readouterr().err
+    assert torch.equal(vlm2rec.read_vectors(items, domain, sample), safetensors.torch.load_file(items)["fused"])
     assert len(order) > len(domain.item_ids)                        # some items are not in the 5-core: rows are matched
+    numpy.save(tmp_path / "one.npy", torch.eye(len(order)).numpy())
     found = vlm2rec.read_vectors(tmp_path / "one.npy", domain, sample)
     assert [order[row] for row in found.argmax(dim=1)] == domain.item_ids
+
+
+@pytest.mark.parametrize("content, expected", [
+    (None, "cannot be read"),
+    (b"", "cannot be read"),
+    (numpy.eye(3), "(3, 3); one row for each of the 128 items is needed, in the order of"),
+    (numpy.full((128, 2), numpy.nan), "not finite"),
+    ({"text": torch.ones(128, 2), "vision": torch.ones(128, 2)}, "none of its tensors text, vision is called fused"),
+    (({"fused": torch.ones(2, 2)}, ["a", "b"]), "no vector for item '0000': is it of another domain?"),
+    (({"fused": torch.ones(2, 2)}, [["a"]]), "cannot be read"),
+    (({"fused": torch.ones(3, 2)}, ["a", "b"]), "the 2 items is needed, in the order of its item_ids"),
+])
+def test_item_vectors_that_do_not_fit_get_one_clear_line(content, expected, home, tmp_path, capsys):
+    path = tmp_path / ("vectors.npy" if isinstance(content, (bytes, numpy.ndarray)) else "vectors.safetensors")
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, numpy.ndarray):
+        numpy.save(path, content)
+    elif content:
+        tensors, ids = content if isinstance(content, tuple) else (content, None)
+        safetensors.torch.save_file(tensors, path, ids and {"item_ids": json.dumps(ids)})
+    with contextlib.chdir(home):
+        assert command("--method", "sasrec", "--embeddings", path, "--out", tmp_path / "out") == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and expected in errors[0] and str(path) in errors[0], errors
+
+
+def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_every_table(tmp_path):
+    """20 clubs of 6 items; each of their 50 members buys all six, in an order of their own. Who knows the club knows
+    the next item. The others: all tied, and chance."""
+    domain = data.read_domain(write_domain(tmp_path / "clubs", None, [
+        [f"u{club}-{member}", f"i{6 * club + item}", when] for club in range(20) for member in range(50)
+        for when, item in enumerate(random.Random(member).sample(range(6), 6))]))
+    club = torch.tensor([int(item[1:]) // 6 for item in domain.item_ids])
+    e = {"perfect": torch.eye(20)[club], "constant": torch.ones(120, 20), "random": torch.randn(120, 20)}
+    chance = vlm2rec.chance()
+    valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
+    expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(chance.values())}
+    runs, tolerance = {}, {"perfect": 0, "constant": 0, "random": 0.09}   # three standard errors of 120 targets
+    for name, vectors in e.items():                                                   # Task 1
+        config = vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy")
+        runs[name] = [tmp_path / name]
+        runs[name][0].mkdir()
+        table = vlm2rec.train_and_test_downstream(config, domain, vectors, "cpu", runs[name][0])
+        ours = [row for row in table.splitlines() if f"+{name} " in row or "20 times or more" in row]
+        assert len(ours) == 2                                                          # the test split, by frequency
+        for row in ours:
+            scores = [float(score) for score in row.strip("| ").split(" | ")[1:]]
+            assert scores == pytest.approx(expected[name], abs=tolerance[name]), row
+    best, last = vlm2rec.comparison(runs, "test_full").splitlines()[2:4]
+    assert best.count("**1.0000**") == 4 and last.count(" 0.0000") == 4
+    z = {name: torch.stack([vectors[history].mean(dim=0) for history in test.histories]) for name, vectors in e.items()}
+    for name in e:                                                                     # Section 3
+        same = (dict.fromkeys(("text", "vision", "fused"), vectors[name]) for vectors in (z, e))
+        found = list(vlm2rec.queries(*same, test).values())
+        assert found == pytest.approx([expected[name][1]] * 5, abs=tolerance[name])
+    shape = {name: vlm2rec.geometry(z[name], e[name], test.targets, test.negatives) for name in e}
+    assert shape["perfect"]["A_pos"] < 1e-6 and shape["perfect"]["A_neg"] == pytest.approx(2)   # at right angles
+    assert shape["constant"]["A_neg"] < 1e-6 and shape["constant"]["U"] == pytest.approx(0, abs=1e-6)
+    assert shape["random"]["S"] == pytest.approx(1, abs=0.1) and shape["random"]["U"] < -3
+    for kind in ("sasrec", "gru4rec"):                                                 # Task 2, where ids need 5 epochs
+        models = {name: vlm2rec.train_downstream(kind, domain, valid, e[name], "cpu", epochs=2)[0] for name in e}
+        found = {name: vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] for name, model in models.items()}
+        assert found["perfect"] > 0.95 and found["random"] < 0.3 and found["constant"] < 0.1
 
 
 def test_an_adapter_of_another_domain_is_evaluated_without_training(finished, home, tmp_path, capsys):
@@ -1314,10 +1388,10 @@ def test_several_methods_and_seeds_end_in_a_comparison(home, tmp_path, capsys):
     with contextlib.chdir(home):
         assert command("--method", "vanilla", "vlm2rec", "--seeds", 2, "--epochs", 1, "--train-users", 40,
                        "--gradients-every", 2, "--out", tmp_path) == 0
-    table = (tmp_path / "sample" / "vanilla-vlm2rec.md").read_text()
+    table = (tmp_path / "sample" / "vanilla-vlm2rec-seed0-1.md").read_text()
     assert table.strip() in capsys.readouterr().out
-    assert "| test, 2 seeds | H@10 |" in table and "vlm2rec against vanilla, N@10 per user" in table
-    assert {path.name for path in (tmp_path / "sample").glob("*seed*")} == {
+    assert "| test, seed0-1 | H@10 |" in table and "vlm2rec against vanilla, N@10 per user" in table
+    assert {path.name for path in (tmp_path / "sample").glob("*-seed?")} == {
         f"{method}-seed{seed}" for method in ("vanilla", "vlm2rec") for seed in (0, 1)}
     log = [json.loads(line) for line in (tmp_path / "sample/vlm2rec-seed1/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [2, 4, 5]              # 40 users are five steps; two lines for Fig. 1b
@@ -1510,6 +1584,9 @@ def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
     (["--batch", "999"], "222 users to train on, less than one --batch of 999"),
     (["--train-users", "7"], "7 users to train on, less than one --batch of 8"),
     (["--method", "sft", "--embeddings", "x.npy"], "--embeddings is for sasrec, gru4rec and mean-pool"),
+    (["--method", "sasrec", "--adapter", "x"], "--adapter is for a method that trains one"),
+    (["--method", "vanilla", "--adapter", "x"], "--adapter is for a method that trains one"),
+    (["--method", "mean-pool"], "needs item vectors"),
     (["--seeds", "0"], "--seeds 0: it has to be at least 1"),
     (["--image-size", "100"], "--image-size 100"),
     (["--tau", "0"], "--tau"),

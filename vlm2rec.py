@@ -50,11 +50,11 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import statistics
 import sys
-import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -94,7 +94,7 @@ bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the ou
 
 class Method(NamedTuple):
     """What `--method` chooses. Without a contrast and without topology the language model is not trained."""
-    modalities: tuple[str, ...]  # encoded one by one, then added
+    modalities: tuple[str, ...]  # encoded one by one, then added; none: a downstream model, without an encoder
     contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
     topology: bool = False       # with lam * CRTR (Eq. 13)?
     stop_gradient: bool = True   # in Eq. 8
@@ -112,9 +112,9 @@ METHODS = {
     "no-penalty": Method(BOTH, "infonce", topology=True),
     "no-stopgrad": Method(BOTH, "wpcl", topology=True, stop_gradient=False),
     "no-crtr": Method(BOTH, "wpcl"),
-    "sasrec": Method(("ids",)),                       # downstream models: ids, or the item vectors of --embeddings
-    "gru4rec": Method(("ids",)),
-    "mean-pool": Method(("ids",)),                    # a history is the mean of its items' vectors
+    "sasrec": Method(()),                             # downstream models: ids, or the item vectors of --embeddings
+    "gru4rec": Method(()),
+    "mean-pool": Method(()),                          # a history is the mean of its items' vectors
 }
 
 DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}}                # what the choice of a domain or of a model brings along;
@@ -155,9 +155,10 @@ class Config:
     checkpointing: str = option("on", "gradient checkpointing; off: same results, a third less work, more memory",
                                 choices=["on", "off"])
     train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all")
-    adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6)")
-    embeddings: str = option("", "item vectors for sasrec and gru4rec (Task 2; without: ids) or mean-pool (Task 1): "
-                             ".safetensors or .npy, in the order of items.csv; {seed} in the name is the run's seed")
+    adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6); "
+                          "{method} and {seed} in it are the run's, here and below")
+    embeddings: str = option("", "one or more: item vectors for sasrec and gru4rec (Task 2; without any or for '': "
+                             "ids) or mean-pool (Task 1); .safetensors or .npy, in the order of items.csv")
     gradients_every: int = option(0, "steps between two measurements of the gradients' directions (Fig. 1b); 0: none")
     log_every: int = option(50, "steps between two lines of the log")
     save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch")
@@ -174,8 +175,10 @@ class Config:
             raise InputError("--tau, --tau-crtr and --lr have to be positive")
         if self.method == "mean-pool" and not self.embeddings:
             raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
-        if self.embeddings and METHODS[self.method].modalities != ("ids",):
+        if self.embeddings and METHODS[self.method].modalities:
             raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {self.method}")
+        if self.adapter and not (METHODS[self.method].contrast or METHODS[self.method].topology):
+            raise InputError(f"--adapter is for a method that trains one, not for --method {self.method}")
         if not (self.penalty_lr >= 0 and self.lam >= 0 and 0 <= self.lora_dropout < 1):
             raise InputError("--penalty-lr and --lam have to be at least 0, --lora-dropout in [0, 1)")
 
@@ -193,7 +196,7 @@ def parse_config(argv: list[str] | None = None) -> list[Config]:
         kind = dict(action="store_true") if field.type == "bool" else dict(
             type={"str": str, "int": int, "float": float}[field.type], choices=choices,
             metavar=None if choices else field.type)
-        if field.name == "method":
+        if field.name in ("method", "embeddings"):
             kind |= dict(nargs="+", metavar="name")
         parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})", **kind)
     parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
@@ -203,9 +206,12 @@ def parse_config(argv: list[str] | None = None) -> list[Config]:
         raise InputError(f"--seeds {seeds}: it has to be at least 1")
     by_domain = DOMAIN_DEFAULTS.get(given.get("domain", Config.domain), {})
     by_model = MODEL_DEFAULTS.get((by_domain | given).get("model"), {})
-    seed, vectors = given.pop("seed", Config.seed), given.pop("embeddings", "")
-    return [Config(**by_domain | by_model | given, method=method, seed=k, embeddings=vectors.replace("{seed}", str(k)))
-            for method in dict.fromkeys(methods) for k in range(seed, seed + seeds)]
+    first, adapter, files = given.pop("seed", Config.seed), given.pop("adapter", ""), given.pop("embeddings", [""])
+    fill = lambda path, method, seed: path.replace("{method}", method).replace("{seed}", str(seed))
+    return [Config(**by_domain | by_model | given, method=method, seed=seed, adapter=fill(adapter, method, seed),
+                   embeddings=fill(file, method, seed))
+            for method in dict.fromkeys(methods) for file in dict.fromkeys(files)
+            for seed in range(first, first + seeds)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -715,6 +721,11 @@ def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpoint
     return adapted
 
 
+def training_users(users: int, most: int, seed: int) -> list[int]:
+    """The users to train on (Table 7): at most `most`, drawn by the seed; all of them if it is 0."""
+    return random.Random(f"{seed} train users").sample(range(users), min(most, users)) if most else list(range(users))
+
+
 def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
     """The users of an epoch in random order, B at a time; the last, incomplete batch is dropped."""
     order = torch.randperm(users, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
@@ -766,8 +777,7 @@ def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Con
     optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
-    if config.train_users:
-        samples = random.Random(f"{config.seed} train users").sample(samples, min(config.train_users, len(samples)))
+    samples = [samples[user] for user in training_users(len(samples), config.train_users, config.seed)]
     valid = make_evaluation(domain, "valid", config.history, config.seed)
     steps = len(samples) // config.batch  # in an epoch
     log = Log(folder / "log.jsonl", config.log_every, config.epochs * steps, lambda: encoder.tokens)
@@ -942,12 +952,14 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def settings(config: Config, domain: Domain, device: str) -> dict:
-    """config.json: every setting, the versions and digests of data and source."""
-    sources = b"".join(Path(file).read_bytes() for file in (__file__, data.__file__))
+    """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
+    given = Path(config.adapter).glob("adapter_*") if config.adapter else [Path(config.embeddings)]
+    digest = lambda paths: hashlib.blake2b(
+        b"".join(path.read_bytes() for path in sorted(paths) if path.is_file()), digest_size=16).hexdigest()
     versions = {"python": platform.python_version(), "pillow": PIL.__version__,
                 **{package.__name__: package.__version__ for package in (torch, transformers, peft)}}
     return {**dataclasses.asdict(config), "device": device, **versions, "data_digest": domain.digest,
-            "source_digest": hashlib.blake2b(sources, digest_size=16).hexdigest()}
+            "source_digest": digest([Path(__file__), Path(data.__file__)]), "given_digest": digest(given)}
 
 
 def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
@@ -984,7 +996,7 @@ def set_up(config: Config) -> tuple[Domain, Path, str, str]:
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     model = data.prepare_model(config.model, Path(config.data_dir))
-    if METHODS[config.method].modalities != ("ids",):
+    if METHODS[config.method].modalities:
         check_model(model, config.revision)  # before the data, which may take hours to fetch
     folder = data.prepare_domain(config.domain, Path(config.data_dir), config.mirror)
     domain = data.read_domain(folder)
@@ -999,8 +1011,8 @@ def run_name(config: Config) -> str:
     """What tells a run's folder and its row in a table from others of its domain."""
     name = config.method + ("+zero-shot" if config.adapter else "")
     if config.embeddings:
-        path = Path(config.embeddings)
-        name += "+" + (path.parent.name if path.stem == "items" else path.stem).removesuffix(f"-seed{config.seed}")
+        path = Path(config.embeddings).resolve()
+        name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
     return name
 
 
@@ -1016,14 +1028,14 @@ def run(config: Config) -> Path:
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
             print(f"\n{folder} is finished since {when}; --restart repeats it\n\n{table.read_text('utf-8')}")
             return folder
-        if METHODS[config.method].modalities == ("ids",):
-            vectors = read_vectors(Path(config.embeddings), domain, source) if config.embeddings else None
-            train_and_test = functools.partial(train_and_test_downstream, config, domain, vectors, device)
-        else:
+        if METHODS[config.method].modalities:
             encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
             if config.adapter:
                 load_adapter(encoder, config.adapter)
             train_and_test = functools.partial(train_and_test_embedder, config, domain, encoder)
+        else:
+            vectors = read_vectors(Path(config.embeddings), domain, source) if config.embeddings else None
+            train_and_test = functools.partial(train_and_test_downstream, config, domain, vectors, device)
         if not made:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -1109,7 +1121,8 @@ def train_and_test_downstream(config: Config, domain: Domain, vectors: torch.Ten
     """train_and_test_embedder for a model of item ids or of given item vectors."""
     test, valid = (make_evaluation(domain, split, config.history, config.seed) for split in ("test", "valid"))
     if config.method != "mean-pool":
-        model, scores = train_downstream(config.method, domain, config.seed, vectors, device)
+        model, scores = train_downstream(config.method, domain, valid, vectors, device, config.seed, config.history,
+                                         config.train_users)
         return write_results(folder, config, domain, test, *model.rank(test), scores, {})
     ranks = [rank_users(torch.stack([vectors[history].mean(dim=0) for history in split.histories]), vectors,
                         split.targets, split.negatives, split.bought) for split in (test, valid)]
@@ -1129,15 +1142,21 @@ def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
             tensor, ids = torch.from_numpy(numpy.load(path, allow_pickle=False)), None
         else:
             with safetensors.safe_open(path, "pt") as file:
-                tensor = file.get_tensor("fused" if "fused" in file.keys() else [*file.keys()][0])
-                ids = json.loads((file.metadata() or {}).get("item_ids", "null"))
-    except (OSError, ValueError, IndexError, TypeError, safetensors.SafetensorError) as error:
+                name, *others = sorted(file.keys(), key=lambda name: name != "fused")
+                if others and name != "fused":
+                    raise ValueError(f"none of its tensors {', '.join([name, *others])} is called fused")
+                tensor, ids = file.get_tensor(name), json.loads((file.metadata() or {}).get("item_ids", "null"))
+        place = {item: row for row, item in enumerate(ids or data.read_items(folder))}
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file has many ways to fail
         raise InputError(f"--embeddings {path} cannot be read: {error}; give a .safetensors or .npy file") from None
-    ids = ids or list(data.read_items(folder))
-    place = {item: row for row, item in enumerate(ids)}
-    if tensor.ndim != 2 or len(tensor) != len(ids) or not set(domain.item_ids) <= set(place):
-        raise InputError(f"--embeddings {path} has the shape {tuple(tensor.shape)}, and {folder / 'items.csv'} has "
-                         f"{len(ids)} items: one row for each is needed, in that order")
+    if tensor.ndim != 2 or len(tensor) != len(place):
+        raise InputError(f"--embeddings {path} has the shape {tuple(tensor.shape)}; one row for each of the "
+                         f"{len(place)} items is needed, in the order of "
+                         f"{'its item_ids' if ids else folder / 'items.csv'}")
+    if lacking := [item for item in domain.item_ids if item not in place]:
+        raise InputError(f"--embeddings {path} has no vector for item {lacking[0]!r}: is it of another domain?")
     tensor = tensor[[place[item] for item in domain.item_ids]].float()
     if not tensor.isfinite().all():
         raise InputError(f"--embeddings {path} holds values that are not finite")
@@ -1176,27 +1195,41 @@ def paired_t_test(a: list[float], b: list[float]) -> float:
     return two_sided_p(mean / spread * math.sqrt(len(a)), len(a) - 1)
 
 
+def reference(runs: dict[str, list[Path]]) -> str:
+    """The method that a table compares with the others: vlm2rec or, without it, the one with the best N@10."""
+    return "vlm2rec" if "vlm2rec" in runs else max(runs, key=lambda method: statistics.mean(
+        score["N@10"] for score in read_scores(runs[method])))
+
+
+def read_scores(folders: list[Path], part: str = "test") -> list[dict[str, float]]:
+    """A part of each run's metrics.json."""
+    return [json.loads((folder / "metrics.json").read_text("utf-8"))[part] for folder in folders]
+
+
 def comparison(runs: dict[str, list[Path]], part: str = "test") -> str:
     """Several methods over the same seeds, as Markdown: mean ± standard deviation (ddof 1), the best of a column in
-    bold, the second underlined, a star where vlm2rec differs from the best other method with p < .05 in a paired
-    t-test over the seeds."""
-    scores = {method: [json.loads((folder / "metrics.json").read_text())[part] for folder in folders]
-              for method, folders in runs.items()}
-    columns = [name for name in chance() if all(score[name] is not None for rows in scores.values() for score in rows)]
+    bold, the second underlined, a star where the reference (see there) differs from the best other method with p < .05
+    in a paired t-test over the seeds."""
+    scores, ours = {method: read_scores(folders, part) for method, folders in runs.items()}, reference(runs)
     cells = {method: [] for method in runs}
-    for name in columns:
+    for name in chance():
         values = {method: [score[name] for score in rows] for method, rows in scores.items()}
         ranked = sorted(values, key=lambda method: -statistics.mean(values[method]))
-        rival = next((method for method in ranked if method != "vlm2rec"), None)
+        rival = next((method for method in ranked if method != ours), None)
         for method, row in values.items():
             text = f"{statistics.mean(row):.4f}" + (f" ± {statistics.stdev(row):.4f}" if len(row) > 1 else "")
-            if method == "vlm2rec" and rival and paired_t_test(row, values[rival]) < 0.05:
+            text = text.join({0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", "")))
+            if method == ours and rival and paired_t_test(row, values[rival]) < 0.05:
                 text += " *"
-            mark = {0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", ""))
-            cells[method].append(text.join(mark))
-    seeds = len(next(iter(runs.values())))
-    lines = [f"| {part}, {seeds} seeds | " + " | ".join(columns) + " |", "|" + "---|" * (1 + len(columns))]
+            cells[method].append(text)
+    lines = [f"| {part}, {seed_range(runs)} | " + " | ".join(chance()) + " |", "|" + "---|" * (1 + len(chance()))]
     return "\n".join(lines + [f"| {method} | " + " | ".join(row) + " |" for method, row in cells.items()])
+
+
+def seed_range(runs: dict[str, list[Path]]) -> str:
+    """The seeds that a table is over, as its heading and its file name say it."""
+    first, last = (next(iter(runs.values()))[k].name.rpartition("-")[2] for k in (0, -1))
+    return first if first == last else f"{first}-{last.removeprefix('seed')}"
 
 
 def user_gains(folders: list[Path]) -> dict[str, float]:
@@ -1208,27 +1241,28 @@ def user_gains(folders: list[Path]) -> dict[str, float]:
     return {user: statistics.mean(values) for user, values in gains.items()}
 
 
-def per_user_comparison(runs: dict[str, list[Path]]) -> str:
-    """vlm2rec against each other method, user by user: the mean difference in N@10 with its standard error."""
+def differences(runs: dict[str, list[Path]]) -> str:
+    """The reference against each other method, in N@10: the mean difference per user with its standard error, and p in
+    paired t-tests over the users and over the seeds."""
+    ours, lines = reference(runs), []
     gains = {method: user_gains(folders) for method, folders in runs.items()}
-    lines = []
-    for method in (method for method in runs if method != "vlm2rec" and "vlm2rec" in runs):
-        users = sorted(gains["vlm2rec"])
-        ours, theirs = ([gains[name][user] for user in users] for name in ("vlm2rec", method))
-        difference = [a - b for a, b in zip(ours, theirs)]
-        error = statistics.stdev(difference) / math.sqrt(len(users))
-        better, worse = (sum(sign * d > 0 for d in difference) / len(users) for sign in (1, -1))
-        lines.append(f"- vlm2rec against {method}, N@10 per user: {statistics.mean(difference):+.4f} ± {error:.4f} "
-                     f"(standard error over {len(users):,} users), better for {better:.0%}, worse for {worse:.0%}, "
-                     f"p = {max(paired_t_test(ours, theirs), 1e-9):.1g}")  # smaller ones are rounding
-    return "\n".join(lines)
+    seeds = {method: [score["N@10"] for score in read_scores(folders)] for method, folders in runs.items()}
+    for method in (method for method in runs if method != ours):
+        difference = [gain - gains[method][user] for user, gain in gains[ours].items()]
+        error = statistics.stdev(difference) / math.sqrt(len(difference))
+        better, worse = (sum(sign * d > 0 for d in difference) / len(difference) for sign in (1, -1))
+        p = max(paired_t_test(difference, [0.0] * len(difference)), 1e-9)  # smaller ones are rounding
+        lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(difference):+.4f} ± {error:.4f} "
+                     f"(standard error, {len(difference):,} users), better for {better:.0%}, worse for {worse:.0%}; "
+                     f"p = {p:.1g} over the users, {paired_t_test(seeds[ours], seeds[method]):.2g} over the seeds")
+    return "\n".join(lines).replace("p = 1e-09", "p < 1e-9").replace(", nan over the seeds", "")
 
 
 def write_comparison(runs: dict[str, list[Path]]) -> None:
     """Print the tables over methods and seeds, and write them beside the runs."""
     text = "\n\n".join([comparison(runs), comparison(runs, "test_full"), comparison(runs, "valid"),
-                        per_user_comparison(runs)]).strip()
-    path = next(iter(runs.values()))[0].parent / ("-".join(runs) + ".md")
+                        differences(runs)]).strip()
+    path = next(iter(runs.values()))[0].parent / f"{'-'.join(runs)}-{seed_range(runs)}.md"
     write_text(path, text)
     print(f"\n{text}\n\nwrote {path}")
 
@@ -1239,8 +1273,7 @@ def queries(z: dict, e: dict, test: Evaluation) -> dict[str, float]:
     pairs = {"f2f": ("fused", "fused"), "t2f": ("text", "fused"), "v2f": ("vision", "fused"),
              "t2t": ("text", "text"), "v2v": ("vision", "vision")}
     rank = lambda query, item: rank_users(z[query], e[item], test.targets, test.negatives, test.bought)[0]
-    return {name: hits_and_ndcg(rank(query, item))["N@10"] for name, (query, item) in pairs.items()
-            if query in z and item in e}
+    return {name: hits_and_ndcg(rank(query, item))["N@10"] for name, (query, item) in pairs.items()}
 
 
 def geometry(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor) -> dict[str, float]:
@@ -1266,8 +1299,10 @@ def geometry(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: to
 def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
                      tau: float, tau_crtr: float, lam: float) -> dict[str, float]:
     """cos(g_total, g_T) and cos(g_total, g_V) (Fig. 1b): the method's gradient beside that of InfoNCE on one modality
-    alone, for the same batch, without dropout, over all of LoRA."""
-    encoder.vlm.eval()
+    alone, for the batch that was just trained on, without dropout, over all of LoRA."""
+    for layer in encoder.vlm.modules():  # eval() would switch checkpointing off too
+        if isinstance(layer, torch.nn.Dropout):
+            layer.eval()
     lora = [weight for weight in encoder.vlm.parameters() if weight.requires_grad]
 
     def gradient(of: Method) -> torch.Tensor:
@@ -1281,7 +1316,8 @@ def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha
 
 
 def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[str, dict]:
-    """H@k and N@k by how often the target occurs in training, all but the last two items of each user (Fig. 3)."""
+    """H@k and N@k by how often the target occurs in the training split: all but the last two items of each user, also
+    of those who were not trained on (Fig. 3)."""
     often = training_counts(domain)[test.targets]
     edges = [(0, 4), (5, 9), (10, 19), (20, None)]
     rows = {}
@@ -1294,18 +1330,18 @@ def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[
 
 class SequenceRecommender(torch.nn.Module):
     """SASRec (self-attention) or GRU4Rec over item ids (Table 2), or, given item vectors (N, D), initialised with them
-    through one linear adapter to d (Task 2, Table 4)."""
+    through one linear adapter to d (Task 2, Table 4). The paper does not say more; we make the vectors' norm 1, and
+    train them too."""
 
-    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, d: int = 128, length: int = 50,
+    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, d: int = 128, length: int = 10,
                  dropout: float = 0.2):
         super().__init__()
-        self.length = length
-        self.table = torch.nn.Embedding(items, d if vectors is None else vectors.shape[1])
-        torch.nn.init.normal_(self.table.weight, std=0.02 if kind == "sasrec" else d ** -0.5)  # each one's better
-        self.adapter = torch.nn.Identity()
-        if vectors is not None:
+        if vectors is None:
+            self.table, self.adapter = torch.nn.Embedding(items, d), torch.nn.Identity()
+            torch.nn.init.normal_(self.table.weight, std=0.02 if kind == "sasrec" else d ** -0.5)  # by validation
+        else:
+            self.table = torch.nn.Embedding.from_pretrained(torch.nn.functional.normalize(vectors, dim=1), freeze=False)
             self.adapter = torch.nn.Linear(vectors.shape[1], d)
-            self.table.weight.data.copy_(torch.nn.functional.normalize(vectors, dim=1))
         self.dropout, self.kind = torch.nn.Dropout(dropout), kind
         if kind == "sasrec":
             self.position = torch.nn.Embedding(length, d)
@@ -1332,28 +1368,29 @@ class SequenceRecommender(torch.nn.Module):
     def rank(self, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
         """Both ranks of a split's targets, as rank_users gives them, by inner product."""
         self.eval()
-        sequences = [bought[:bought.index(target)][-self.length:]
-                     for bought, target in zip(evaluation.bought, evaluation.targets)]
-        states = self(pad(sequences, 0).to(self.table.weight.device))
-        z = last_token(states, torch.tensor([len(sequence) - 1 for sequence in sequences])).cpu()
+        states = self(pad(evaluation.histories, 0).to(self.table.weight.device))
+        z = last_token(states, torch.tensor([len(history) - 1 for history in evaluation.histories])).cpu()
         return rank_users(z, self.items().cpu(), evaluation.targets, evaluation.negatives, evaluation.bought, dot=True)
 
 
-def train_downstream(kind: str, domain: Domain, seed: int, vectors: torch.Tensor | None, device: str,
-                     epochs: int = 200, patience: int = 10, lr: float = 1e-3, batch: int = 128) -> tuple:
-    """Train a SequenceRecommender on every item but the last two of each user, by cross-entropy over the catalogue.
-    Returns it after the epoch with the best validation N@10, and that epoch's scores."""
+def train_downstream(kind: str, domain: Domain, valid: Evaluation, vectors: torch.Tensor | None, device: str,
+                     seed: int = 0, length: int = 10, train_users: int = 0, epochs: int = 200, patience: int = 10,
+                     lr: float = 1e-3, batch: int = 128) -> tuple:
+    """Train a SequenceRecommender on the latest `length` + 1 items before each user's last two, by cross-entropy over
+    the catalogue. Returns it after the epoch with the best validation N@10, and that epoch's scores."""
     torch.manual_seed(seed)
-    model = SequenceRecommender(kind, len(domain.item_ids), vectors).to(device)
+    model = SequenceRecommender(kind, len(domain.item_ids), vectors, length=length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    sequences = [sequence[:-2][-model.length - 1:] for sequence in domain.sequences]
-    valid, best, waited = make_evaluation(domain, "valid", 10, seed), {"N@10": -1.0}, 0
+    sequences = [domain.sequences[user][:-2][-length - 1:]
+                 for user in training_users(len(domain.sequences), train_users, seed)]
+    best, waited = {"N@10": -1.0}, 0
     for epoch in bar(range(1, epochs + 1), f"train {kind}"):
         model.train()
         for users in shuffled_batches(len(sequences), min(batch, len(sequences)), seed, epoch):
             rows = pad([sequences[user] for user in users], -1).to(device)                        # (B, 1 + L)
-            logits = model(rows[:, :-1].clamp(min=0)) @ model.items().T                            # (B, L, N)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=-1)
+            real = rows[:, 1:] >= 0                                                                # (B, L)
+            logits = model(rows[:, :-1].clamp(min=0))[real] @ model.items().T                      # (items, N)
+            loss = torch.nn.functional.cross_entropy(logits, rows[:, 1:][real])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -1374,7 +1411,7 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
     for row in range(0, len(test.users), max(1, len(test.users) // users))[:users]:
         rows.append(("history", test.histories[row][-5:], None))
         rows.append(("bought next", [test.targets[row]], None))
-        for space in z:
+        for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
             scores = cosine(z[space][row:row + 1], e[space])[0]
             scores[[item for item in test.bought[row] if item != test.targets[row]]] = -torch.inf
             rows.append((f"top 5, {space}", scores.topk(5).indices.tolist(), test.targets[row]))
@@ -1388,7 +1425,7 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
         for x, item in enumerate(items):
             left, top = 110 + x * (side + 60), y * height + 6
             sheet.paste(data.load_picture(domain.pictures[item]).resize((side, side)), (left, top))
-            title = textwrap.shorten(domain.titles[item], 22, placeholder="…")
+            title = domain.titles[item] if len(domain.titles[item]) <= 22 else domain.titles[item][:21] + "…"
             draw.text((left, top + side + 3), title, "black", font)
             if item == target:
                 draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline="green", width=4)
@@ -1425,7 +1462,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         message, code = f"{error}; the last good checkpoint stays", 1
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from here", 130
+        message, code = "stopped; the same command goes on", 130
     else:
         return 0
     print(f"error: {message}" if code != 130 else f"\n{message}", file=sys.stderr)
