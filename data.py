@@ -309,13 +309,13 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     folder = data_dir / domain
     if (folder / "items.csv").exists():
         return folder
-    if domain == "sample":
-        write_sample_world(folder)
+    if domain in WORLDS:
+        write_sample_world(folder, **WORLDS[domain])
     elif domain in AMAZON:
         prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     else:
         raise InputError(f"{folder / 'items.csv'} is missing; write items.csv, interactions.csv and images/ there, "
-                         f"give the path of another folder, or take one of sample, {', '.join(AMAZON)}")
+                         f"give the path of another folder, or take one of {', '.join([*WORLDS, *AMAZON])}")
     return folder
 
 
@@ -332,6 +332,7 @@ def prepare_model(model: str, data_dir: Path) -> str:
 NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]   # one for each category
 BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]       # one for each style
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
+WORLDS = {"sample": {}, "lopsided": {"brand": 1.0, "shape": 0.3}}  # in the second one, the title says everything
 
 
 def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8,
@@ -340,8 +341,8 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
 
     An item has one of 8 categories and one of 8 styles; each of the 64 cells holds `per_cell` items, whose popularity
     is log-normal. The title is a brand, a noun and a number. The noun names the category; the brand is the style's in a
-    share `brand` of the items (1: the title says everything), else a random one. The picture shows one shape of one
-    colour. The hue shows the style; the shape is the category's in a share `shape`, else random; place and shade vary.
+    share `brand` of the items, else a random one. The picture shows one shape of one colour. The hue shows the style;
+    the shape is the category's in a share `shape`, else a random one; place, size and shade vary.
 
     A user starts in a random cell and takes 5 to 10 steps. At each step the category stays (50 %), moves on to the next
     one (35 %) or is drawn anew (15 %); independently, the style stays (60 %), moves on (25 %) or is drawn anew (15 %).
@@ -707,7 +708,7 @@ def amazon_table(domain: str, reviews: list, five_core: list, final: list, reaso
 def main() -> int:
     """Prepare a domain without training: `python data.py toys`."""
     parser = argparse.ArgumentParser(description="Prepare a domain: download, filter and write it, without training.")
-    parser.add_argument("domain", choices=["sample", *AMAZON])
+    parser.add_argument("domain", choices=[*WORLDS, *AMAZON])
     parser.add_argument("--data-dir", default="domains", help="it goes to DATA_DIR/DOMAIN (default: domains)")
     parser.add_argument("--mirror", default="", help="address of archives and pictures, instead of their own")
     args = parser.parse_args()

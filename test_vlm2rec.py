@@ -17,6 +17,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -473,8 +474,7 @@ def test_the_sample_world_is_the_same_every_time_and_each_modality_is_clear_abou
 def test_the_shares_say_how_often_the_brand_names_the_style_and_the_shape_shows_the_category(tmp_path, monkeypatch):
     shapes = []
     monkeypatch.setattr(data, "draw_item", lambda rng, shape, hue: shapes.append(shape) or Image.new("RGB", (8, 8)))
-    data.write_sample_world(tmp_path / "lopsided", users=1, brand=1.0, shape=0.3)
-    rows = rows_of(tmp_path / "lopsided", "items.csv")
+    rows = rows_of(data.prepare_domain("lopsided", tmp_path), "items.csv")
     assert all(row[1].split()[0] == data.BRANDS[int(row[0][1])] for row in rows)
     shape_is_right = [shape == data.SHAPES[int(row[0][0])] for row, shape in zip(rows, shapes)]
     assert sum(shape_is_right) / len(rows) == pytest.approx(0.3 + 0.7 / 8, abs=0.07)
@@ -1648,7 +1648,7 @@ def test_the_readmes_commands_and_names_exist():
     assert len(commands) > 12
     for line in (re.sub(r"\$\w+", "1", command) for command in commands):
         if "--help" not in line:
-            vlm2rec.parse_config(line.replace('"', "").split())
+            vlm2rec.parse_config(shlex.split(line))
     table = re.search(r"\| in the paper .*?\n\n", README, re.S)[0]
     for name in re.findall(r"`(\w+)`", table):
         assert name in globals() if name.startswith("test_") else hasattr(vlm2rec, name), name

@@ -117,8 +117,8 @@ METHODS = {
     "mean-pool": Method(()),                          # a history is the mean of its items' vectors
 }
 
-DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}}                # what the choice of a domain or of a model brings along;
-MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}      # a flag on the command line wins
+DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  # what the choice of a domain or of a
+MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
 
 
 def option(default, help: str, **kwargs):
