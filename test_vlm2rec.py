@@ -1360,8 +1360,9 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
     assert shape["perfect"]["A_pos"] < 1e-6 and shape["perfect"]["A_neg"] == pytest.approx(2)   # at right angles
     assert shape["constant"]["A_neg"] < 1e-6 and shape["constant"]["U"] == pytest.approx(0, abs=1e-6)
     assert shape["random"]["S"] == pytest.approx(1, abs=0.1) and shape["random"]["U"] < -3
-    for kind in ("sasrec", "gru4rec"):                                                 # Task 2, where ids need 5 epochs
-        models = {name: vlm2rec.train_downstream(kind, domain, valid, e[name], "cpu", epochs=2)[0] for name in e}
+    for kind in ("sasrec", "gru4rec"):                                                 # Task 2, too short for ids
+        models = {name: vlm2rec.train_downstream(kind, domain, valid, e[name], "cpu", epochs=2, batch=128)[0]
+                  for name in e}
         found = {name: vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] for name, model in models.items()}
         assert found["perfect"] > 0.95 and found["random"] < 0.3 and found["constant"] < 0.1
 

@@ -1334,7 +1334,7 @@ class SequenceRecommender(torch.nn.Module):
     train them too."""
 
     def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, d: int = 128, length: int = 10,
-                 dropout: float = 0.2):
+                 dropout: float = 0.5):
         super().__init__()
         if vectors is None:
             self.table, self.adapter = torch.nn.Embedding(items, d), torch.nn.Identity()
@@ -1374,8 +1374,8 @@ class SequenceRecommender(torch.nn.Module):
 
 
 def train_downstream(kind: str, domain: Domain, valid: Evaluation, vectors: torch.Tensor | None, device: str,
-                     seed: int = 0, length: int = 10, train_users: int = 0, epochs: int = 200, patience: int = 10,
-                     lr: float = 1e-3, batch: int = 128) -> tuple:
+                     seed: int = 0, length: int = 10, train_users: int = 0, epochs: int = 200, patience: int = 20,
+                     lr: float = 1e-3, batch: int = 32) -> tuple:
     """Train a SequenceRecommender on the latest `length` + 1 items before each user's last two, by cross-entropy over
     the catalogue. Returns it after the epoch with the best validation N@10, and that epoch's scores."""
     torch.manual_seed(seed)
