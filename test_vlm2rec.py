@@ -1190,6 +1190,10 @@ def test_the_comparison_by_hand(tmp_path):
     del runs["vlm2rec"]                                                        # then the best is the reference
     assert [line.partition(",")[0] for line in vlm2rec.differences(runs).splitlines()] == ["- sft against text"]
     assert "| **0.2000 ± 0.1000** | " in vlm2rec.comparison(runs)               # p = .07: no star
+    (tmp_path / "many").mkdir()
+    runs = {"sft": fake_runs(tmp_path / "many", "sft", [0.1], [9] * 99 + [8]),
+            "text": fake_runs(tmp_path / "many", "text", [0.0], [50] * 100)}
+    assert vlm2rec.differences(runs).endswith("; p < 1e-9 over the users")     # and nothing of a single seed
 
 
 def spaces(users=50, items=130, seed=0):
@@ -1257,16 +1261,33 @@ def walkers(tmp_path, steps=8):
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "gru4rec"])
-@pytest.mark.parametrize("vectors", [None, torch.eye(120)])
+@pytest.mark.parametrize("vectors", [None, 3 * torch.eye(120)])
 def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(tmp_path, kind, vectors):
     domain = walkers(tmp_path)
     valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
     model, best = vlm2rec.train_downstream(kind, domain, valid, vectors, "cpu", epochs=100, lr=5e-3, batch=32)
     assert best["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
     assert isinstance(model.adapter, torch.nn.Linear) == (vectors is not None) and model.items().shape == (120, 128)
+    if vectors is not None:                                         # they start at norm 1, and are trained
+        start = vlm2rec.SequenceRecommender(kind, 120, vectors).table.weight
+        assert torch.equal(start, torch.eye(120)) and not torch.equal(model.table.weight, start)
     rows = torch.tensor([[3, 4, 5, 6], [3, 4, 9, 9]])
     with torch.no_grad():
         assert torch.allclose(model(rows)[0, :2], model(rows)[1, :2], atol=1e-5)   # no state sees what comes later
+
+
+def test_downstream_models_train_on_the_latest_items_before_the_last_two(tmp_path, monkeypatch):
+    """Each item but the first of the latest 1 + 4 is once to be predicted, for the users that were drawn."""
+    domain = data.read_domain(write_domain(tmp_path / "walk", None, [
+        [f"u{u}", f"i{(7 * u + k) % 120}", k] for u in range(120) for k in range(6 + u % 5)]))
+    asked, cross_entropy = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, targets: (
+        asked.append(sorted(targets.tolist())), cross_entropy(logits, targets))[1])
+    config = vlm2rec.Config(method="gru4rec", history=4, train_users=32)
+    vlm2rec.train_and_test_downstream(config, domain, None, "cpu", tmp_path)
+    users = vlm2rec.training_users(120, 32, seed=0)
+    assert len(set(users)) == 32 and asked[0] == asked[-1] == sorted(
+        item for user in users for item in domain.sequences[user][:-2][-5:][1:])
 
 
 def test_targets_are_counted_in_training_only(tmp_path):
@@ -1385,6 +1406,14 @@ def test_an_adapter_of_another_domain_is_evaluated_without_training(finished, ho
     assert here["test"] == pytest.approx(there["test"], abs=1e-4)
 
 
+def test_the_names_of_given_files_are_filled_in_for_each_run():
+    configs = vlm2rec.parse_config(shlex.split('--method sft vlm2rec --seed 3 --seeds 2 --adapter "a/{method}-{seed}"'))
+    assert [config.adapter for config in configs] == ["a/sft-3", "a/sft-4", "a/vlm2rec-3", "a/vlm2rec-4"]
+    configs = vlm2rec.parse_config(shlex.split('--method sasrec gru4rec --embeddings "" "v-{seed}.npy"'))
+    assert [(config.method, config.embeddings) for config in configs] == [
+        ("sasrec", ""), ("sasrec", "v-0.npy"), ("gru4rec", ""), ("gru4rec", "v-0.npy")]
+
+
 def test_several_methods_and_seeds_end_in_a_comparison(home, tmp_path, capsys):
     with contextlib.chdir(home):
         assert command("--method", "vanilla", "vlm2rec", "--seeds", 2, "--epochs", 1, "--train-users", 40,
@@ -1407,6 +1436,8 @@ def test_the_contact_sheet_frames_the_hits(home, finished, tmp_path):
     vlm2rec.contact_sheet(tmp_path / "hit.png", domain, test, {"fused": e[test.targets]}, {"fused": e})
     vlm2rec.contact_sheet(tmp_path / "miss.png", domain, test, {"fused": -e[test.targets]}, {"fused": e})
     assert green(tmp_path / "hit.png") > 1000 + green(tmp_path / "miss.png")
+    vlm2rec.contact_sheet(tmp_path / "text.png", domain, test, *({"text": x, "fused": x} for x in (e[test.targets], e)))
+    assert Image.open(tmp_path / "text.png").size == Image.open(tmp_path / "hit.png").size    # the same is shown once
     assert Image.open(finished / "recommendations.png").size[1] > 1000
 
 
