@@ -1150,7 +1150,8 @@ def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
     except InputError:
         raise
     except Exception as error:  # a damaged file has many ways to fail
-        raise InputError(f"--embeddings {path} cannot be read: {error}; give a .safetensors or .npy file") from None
+        raise InputError(f"--embeddings {path} cannot be read: {' '.join(str(error).split())[:300]}; give a "
+                         ".safetensors or .npy file") from None
     if tensor.ndim != 2 or len(tensor) != len(place):
         raise InputError(f"--embeddings {path} has the shape {tuple(tensor.shape)}; one row for each of the "
                          f"{len(place)} items is needed, in the order of "
