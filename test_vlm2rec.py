@@ -215,16 +215,16 @@ def test_losses_are_float32_for_bfloat16_embeddings():
     assert vlm2rec.cosine(z, z).diagonal().tolist() == pytest.approx([1.0] * B)
 
 
-def test_in_batch_negatives_by_hand():
+def test_negative_mask_by_hand():
     """Users 0 and 1 share target 4. User 2 (target 5) bought 6 before, which is user 3's target."""
     targets = torch.tensor([4, 4, 5, 6])
     bought = torch.tensor([[1, 2], [3, -1], [6, 1], [7, 8]])
-    assert vlm2rec.in_batch_negatives(targets, bought).int().tolist() == [
+    assert vlm2rec.negative_mask(targets, bought).int().tolist() == [
         [0, 0, 1, 1],   # target 4 again is no negative
         [0, 0, 1, 1],
         [1, 1, 0, 0],   # nor is 6, bought before
         [1, 1, 1, 0]]
-    assert not vlm2rec.in_batch_negatives(torch.tensor([4, 4]), torch.tensor([[1], [2]])).any()
+    assert not vlm2rec.negative_mask(torch.tensor([4, 4]), torch.tensor([[1], [2]])).any()
 
 
 def test_users_without_negatives_add_no_loss_and_no_gradient():
@@ -253,7 +253,7 @@ def test_alpha_and_beta_start_at_1_and_only_ever_fall():
 
 CASES = {  # every function that a reader may want to copy, with arguments
     "cosine": (torch.rand(3, 4), torch.rand(2, 4)),
-    "in_batch_negatives": (torch.tensor([1, 2]), torch.tensor([[3], [4]])),
+    "negative_mask": (torch.tensor([1, 2]), torch.tensor([[3], [4]])),
     "info_nce": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), 0.1),
     "discriminative_margin": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool)),
     "modality_gap": (torch.rand(3), torch.rand(3)),
@@ -305,7 +305,7 @@ def score(kind, users=2000, items=400):
          "nan": torch.full((users, 64), math.nan)}[kind]
     e = torch.ones_like(e) if kind == "constant" else e
     negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
-    ranks, full = vlm2rec.rank_users(z, e, targets, negatives, [[t] for t in targets])
+    ranks, full = vlm2rec.Evaluation([], [], torch.tensor(targets), negatives, [[t] for t in targets]).rank(z, e)
     return vlm2rec.hits_and_ndcg(ranks), vlm2rec.hits_and_ndcg(full)
 
 
@@ -326,10 +326,9 @@ def test_a_constant_scorer_is_no_better_than_chance_and_nan_stops():
 def test_the_full_ranking_leaves_out_the_users_other_items():
     e = torch.eye(4)
     z = torch.tensor([[0.9, 0.8, 0.7, 0.1]])       # likes item 0 best, then 1, 2, 3
-    negatives = torch.tensor([[3]])
-    assert vlm2rec.rank_users(z, e, [2], negatives, [[2]])[1].tolist() == [3]
-    assert vlm2rec.rank_users(z, e, [2], negatives, [[0, 2]])[1].tolist() == [2]       # 0 was bought before
-    assert vlm2rec.rank_users(z, e, [2], negatives, [[0, 2]], chunk=1)[0].tolist() == [1]
+    rank = lambda sequence: vlm2rec.Evaluation([0], [], torch.tensor([2]), torch.tensor([[3]]), [sequence]).rank(z, e)
+    assert [ranks.tolist() for ranks in rank([2])] == [[1], [3]]
+    assert [ranks.tolist() for ranks in rank([0, 2])] == [[1], [2]]                    # 0 was bought before
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -751,10 +750,11 @@ def test_the_encoder_equals_the_models_own_forward_pass(encoder, home, modality)
 @pytest.mark.parametrize("modality", ["text", "vision"])
 def test_padding_batch_size_and_order_change_no_embedding(encoder, modality, monkeypatch):
     with_lora(encoder)
-    together = encoder.embed(HISTORIES, modality)
-    alone = torch.cat([encoder.embed([history], modality) for history in HISTORIES])
+    embed = lambda histories: encoder.embed(histories, (modality,))["fused"]
+    together = embed(HISTORIES)
+    alone = torch.cat([embed([history]) for history in HISTORIES])
     monkeypatch.setitem(vlm2rec.PASS_TOKENS, "cpu", 100)
-    backwards = encoder.embed(HISTORIES[::-1], modality).flip(0)
+    backwards = embed(HISTORIES[::-1]).flip(0)
     both = encoder(prompts(encoder, HISTORIES, "text") + prompts(encoder, HISTORIES, "vision")).detach()
     mixed = both[:4] if modality == "text" else both[4:]
     for other in (alone, backwards, mixed):
@@ -792,7 +792,7 @@ def test_lora_folded_into_the_weights_gives_the_same_embeddings_and_leaves_no_tr
 def test_order_and_content_change_an_embedding(encoder):
     with_lora(encoder)
     for modality in ("text", "vision"):
-        z = encoder.embed([[3, 8, 5], [8, 3, 5], [3, 8, 6]], modality)
+        z = encoder.embed([[3, 8, 5], [8, 3, 5], [3, 8, 6]], (modality,))["fused"]
         assert (z[0] - z[1]).abs().max() > 1e-3 and (z[0] - z[2]).abs().max() > 1e-3
 
 
@@ -872,13 +872,15 @@ def test_features_are_computed_once_and_again_when_the_pictures_change(home, tmp
 
 
 def test_one_batch_can_be_overfitted(encoder):
-    adapted = vlm2rec.add_lora(encoder, 8, 16, 0.0, False)
+    adapted, one, losses = vlm2rec.add_lora(encoder, 8, 16, 0.0, False), torch.tensor(1.0), []
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
-    samples = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(8)]
-    losses = []
-    note = lambda terms, users: losses.append(terms["loss"].item())
-    vlm2rec.train_epoch(encoder, vlm2rec.METHODS["sft"], vlm2rec.Penalty(), optimizer, samples, [list(range(8))] * 80,
-                        note, 0.1, 0.1, 0.5)
+    batch = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(8)]
+    for step in range(80):
+        loss, _ = vlm2rec.batch_loss(encoder, vlm2rec.METHODS["sft"], batch, one, one, 0.1, 0.1, 0.5)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
     assert losses[0] > 1.5 and losses[-1] < 0.1
 
 
@@ -930,7 +932,7 @@ def test_the_target_is_the_users_last_item_and_in_no_history(finished, home):
         assert row[1] == domain.item_ids[sequence[-1]]
     for split in ("valid", "test"):
         for history, target, negatives in zip(*vlm2rec.make_evaluation(domain, split, 10, 0)[1:4]):
-            assert target not in history and not {target, *history} & set(negatives.tolist())
+            assert target not in history and not {int(target), *history} & set(negatives.tolist())
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, home, tmp_path):
@@ -1063,7 +1065,7 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(calm, hom
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 3 <= step < 40
     process = start(home, tmp_path, "--save-every", "1000")
-    assert f"going on after step {step} of" in process.communicate()[0] and process.returncode == 0
+    assert f"going on after step {step}\n" in process.communicate()[0] and process.returncode == 0
     for name in ("metrics.json", "ranks.csv", "adapter/adapter_model.safetensors"):
         assert contents(folder)[name] == calm[0][name]
 
@@ -1094,21 +1096,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, 
     assert contents(folder) == calm[0]
 
 
-def test_a_damaged_checkpoint_and_a_folder_that_cannot_be_written_get_one_line(home, tmp_path, capsys):
+def test_a_damaged_checkpoint_and_a_folder_that_cannot_be_written_get_one_line(home, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     with contextlib.chdir(home):
         assert command("--epochs", 1, "--out", tmp_path / "file") == 2
         error = capsys.readouterr().err.strip()
         assert "Not a directory" in error and str(tmp_path / "file") in error
-        monkey = vlm2rec.train_epoch
-        try:
-            vlm2rec.train_epoch = lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+        with monkeypatch.context() as patch:
+            patch.setattr(vlm2rec, "batch_loss", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
             assert command("--epochs", 1, "--out", tmp_path) == 130
-        finally:
-            vlm2rec.train_epoch = monkey
         (tmp_path / "sample" / "vlm2rec-seed0" / "checkpoint.pt").write_bytes(b"PK half of it")
         assert command("--epochs", 1, "--out", tmp_path) == 2
-    assert re.search(r"checkpoint.pt is damaged .*; --restart begins anew", capsys.readouterr().err)
+    assert re.search(r"checkpoint.pt is damaged: .*; --restart begins anew", capsys.readouterr().err)
 
 
 def test_out_of_memory_gets_one_line(home, tmp_path, monkeypatch, capsys):
@@ -1152,11 +1151,11 @@ def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
 
 def test_students_t_by_the_tables_and_by_its_closed_forms():
     for t, df in ((12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.571, 5), (2.228, 10), (2.042, 30), (1.962, 1000)):
-        assert vlm2rec.two_sided_p(t, df) == vlm2rec.two_sided_p(-t, df) == pytest.approx(0.05, abs=1e-4)
+        assert vlm2rec.student_t_p(t, df) == vlm2rec.student_t_p(-t, df) == pytest.approx(0.05, abs=1e-4)
     for t in (0.0, 0.5, 1.0, 3.0):
         u = t / math.sqrt(1 + t * t / 4)
-        assert vlm2rec.two_sided_p(t, 4) == pytest.approx(2 * (1 - (1 / 2 + 3 / 8 * u * (1 - u * u / 12))))
-        assert vlm2rec.two_sided_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+        assert vlm2rec.student_t_p(t, 4) == pytest.approx(2 * (1 - (1 / 2 + 3 / 8 * u * (1 - u * u / 12))))
+        assert vlm2rec.student_t_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
     assert vlm2rec.paired_t_test([1, 2, 3], [1, 2, 3]) == 1 and math.isnan(vlm2rec.paired_t_test([1], [2]))
     # differences 1, 2, 3: mean 2, standard deviation 1, t = 2 * sqrt(3), p = 1 - t / sqrt(2 + t^2)
     assert vlm2rec.paired_t_test([2, 4, 6], [1, 2, 3]) == pytest.approx(1 - math.sqrt(12 / 14))
@@ -1201,7 +1200,8 @@ def spaces(users=50, items=130, seed=0):
     e = {name: torch.randn(items, 8, generator=generator) for name in ("text", "vision")}
     targets = torch.randint(items, (users,), generator=generator).tolist()
     negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
-    return e, vlm2rec.Evaluation(list(range(users)), [[t] for t in targets], targets, negatives, [[t] for t in targets])
+    histories = [[t] for t in targets]
+    return e, vlm2rec.Evaluation(list(range(users)), histories, torch.tensor(targets), negatives, histories)
 
 
 def test_geometry_equals_the_loops_and_knows_the_constant_and_the_perfect_space():
@@ -1284,7 +1284,7 @@ def test_downstream_models_train_on_the_latest_items_before_the_last_two(tmp_pat
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, targets: (
         asked.append(sorted(targets.tolist())), cross_entropy(logits, targets))[1])
     config = vlm2rec.Config(method="gru4rec", history=4, train_users=32)
-    vlm2rec.train_and_test_downstream(config, domain, None, "cpu", tmp_path)
+    vlm2rec.run_downstream(config, domain, None, "cpu", tmp_path)
     users = vlm2rec.training_users(120, 32, seed=0)
     assert len(set(users)) == 32 and asked[0] == asked[-1] == sorted(
         item for user in users for item in domain.sequences[user][:-2][-5:][1:])
@@ -1364,7 +1364,7 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
         config = vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy")
         runs[name] = [tmp_path / name]
         runs[name][0].mkdir()
-        table = vlm2rec.train_and_test_downstream(config, domain, vectors, "cpu", runs[name][0])
+        table = vlm2rec.run_downstream(config, domain, vectors, "cpu", runs[name][0])
         ours = [row for row in table.splitlines() if f"+{name} " in row or "20 times or more" in row]
         assert len(ours) == 2                                                          # the test split, by frequency
         for row in ours:

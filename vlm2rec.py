@@ -17,22 +17,27 @@ The first command prints, among other tables,
     | before training | 0.1581 | 0.0733 | 0.2910 | 0.1067 |
     | vlm2rec | 0.6535 | 0.3855 | 0.7872 | 0.4195 |
 
-and ends with
-
-    wrote runs/sample/vlm2rec-seed0: adapter, config.json, items.safetensors, log.jsonl, metrics.json, ranks.csv,
-    recommendations.png, table.md
+The protocol, leave-one-out (data.py):
+    target        the last item of a user's sequence for the test, the second to last for validation, the third to last
+                  for training: one training sample a user
+    history       the latest 10 items before the target
+    negatives     in training the batch's other targets; in the evaluation 100 items outside the user's whole sequence,
+                  uniform, drawn once from a generator seeded by (seed, split, user)
 
 Glossary, code -> paper:
     z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"] and z["fused"]
     sim           s(z_u, e_j), cosine similarity of a batch's users and targets; the diagonal holds the positives
-    negatives     N_u as a mask: which of the batch's targets are negatives for which user
+    mask          N_u: which of the batch's targets are negatives for which user
     gap, weight   Delta_u,gap, w_u,pen
     tau           tau and tau_WPCL;  tau_crtr: tau_CRTR;  lam: lambda
     B, L, D       users in a batch, tokens in a prompt, width of an embedding
-    N, C, P       items, candidates in a ranking (101), tokens of a picture
+    U, N, P       users and items in a ranking, tokens of a picture
 
 Where we differ: means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B; alpha and beta positive
 through softplus. What the paper leaves open is marked at its line and listed in the README.
+
+The method ends with the evaluation. Behind it: loading, caches and speed; the command line and a run; the paper's
+evidence.
 """
 from __future__ import annotations
 
@@ -44,6 +49,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -55,19 +61,19 @@ import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import numpy
 import peft
-import PIL.Image
-import PIL.ImageDraw
-import PIL.ImageFont
+import PIL
 import safetensors.torch
 import torch
 import transformers
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 try:
@@ -79,18 +85,13 @@ import data
 from data import Domain, InputError
 
 LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
-TITLE_TOKENS = 64      # a longer title is cut; the paper does not say
-PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
-PADDING = 256          # tokens of padding in a forward pass that cost as much as another pass
-
-CHECKPOINT, TABLE = "checkpoint.pt", "table.md"  # in the folder of a run
+TITLE_TOKENS = 64  # a longer title is cut; the paper does not say
+BOTH = ("text", "vision")
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings (Section 5.1.1)
-# ----------------------------------------------------------------------------------------------------------------------
+# Settings (Section 5.1.1) ---------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
     """What `--method` chooses. Without a contrast and without topology the language model is not trained."""
@@ -100,7 +101,6 @@ class Method(NamedTuple):
     stop_gradient: bool = True   # in Eq. 8
 
 
-BOTH = ("text", "vision")
 METHODS = {
     "vlm2rec": Method(BOTH, "wpcl", topology=True),
     "sft": Method(BOTH, "infonce"),
@@ -117,13 +117,10 @@ METHODS = {
     "mean-pool": Method(()),                          # a history is the mean of its items' vectors
 }
 
-DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  # what the choice of a domain or of a
-MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
 
-
-def option(default, help: str, **kwargs):
-    """A field of Config with its line in --help."""
-    return dataclasses.field(default=default, metadata={"help": help, **kwargs})
+def option(default, help: str, least=None, most=2**31 - 1, **kwargs):
+    """A field of Config with its line in --help and, for a number, the values that it may take."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **kwargs})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,88 +132,37 @@ class Config:
                          "--embeddings)", choices=list(METHODS))
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
-    seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives")
+    seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives", 0)
     data_dir: str = option("domains", "where the domains lie; toys, beauty, clothing and sports are fetched into it")
     mirror: str = option("", "address to fetch Amazon's archives and pictures from, instead of their own")
     out: str = option("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
     device: str = option("auto", "auto takes CUDA if there is one", choices=["auto", "cuda", "cpu"])
-    epochs: int = option(3, "passes over the users; the best on validation N@10 is kept")
-    batch: int = option(8, "users in a step (B); each one's target is a negative for the others")
-    history: int = option(10, "latest items of a user in the prompt")
-    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper")
-    lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant")
-    penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them")
-    tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
-    tau_crtr: float = option(0.1, "temperature of the topology loss; paper: .001, .01, .1 or 1")
-    lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1")
-    lora_rank: int = option(16, "LoRA's rank")
-    lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank")
-    lora_dropout: float = option(0.2, "dropout in front of LoRA")
+    epochs: int = option(3, "passes over the users; the best on validation N@10 is kept", 1)
+    batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
+    history: int = option(10, "latest items of a user in the prompt", 1)
+    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper", 28)
+    lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
+    penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
+    tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
+    tau_crtr: float = option(0.1, "temperature of the topology loss; paper: .001, .01, .1 or 1", 1e-6)
+    lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1", 0)
+    lora_rank: int = option(16, "LoRA's rank", 1)
+    lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank", 1)
+    lora_dropout: float = option(0.2, "dropout in front of LoRA", 0, most=0.99)
     checkpointing: str = option("on", "gradient checkpointing; off: same results, a third less work, more memory",
                                 choices=["on", "off"])
-    train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all")
+    train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all", 0)
     adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6); "
                           "{method} and {seed} in it are the run's, here and below")
     embeddings: str = option("", "one or more: item vectors for sasrec and gru4rec (Task 2; without any or for '': "
                              "ids) or mean-pool (Task 1); .safetensors or .npy, in the order of items.csv")
-    gradients_every: int = option(0, "steps between two measurements of the gradients' directions (Fig. 1b); 0: none")
-    log_every: int = option(50, "steps between two lines of the log")
-    save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch")
+    gradients_every: int = option(0, "steps between two measurements of the gradients' angles (Fig. 1b); 0: none", 0)
+    log_every: int = option(50, "steps between two lines of the log", 1)
+    save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch", 1)
     restart: bool = option(False, "replace an earlier run, or what is left of it, instead of going on with it")
 
-    def __post_init__(self):
-        for name, least in dict(epochs=1, batch=2, history=1, lora_rank=1, lora_alpha=1, log_every=1, save_every=1,
-                                seed=0, train_users=0, gradients_every=0).items():
-            if not least <= getattr(self, name) < 2**31:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: it has to be at least {least}")
-        if self.image_size < 28 or self.image_size % 28:
-            raise InputError(f"--image-size {self.image_size}: a token covers 28 pixels, take a multiple such as 168")
-        if not (self.tau > 0 and self.tau_crtr > 0 and self.lr > 0):
-            raise InputError("--tau, --tau-crtr and --lr have to be positive")
-        if self.method == "mean-pool" and not self.embeddings:
-            raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
-        if self.embeddings and METHODS[self.method].modalities:
-            raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {self.method}")
-        if self.adapter and not (METHODS[self.method].contrast or METHODS[self.method].topology):
-            raise InputError(f"--adapter is for a method that trains one, not for --method {self.method}")
-        if not (self.penalty_lr >= 0 and self.lam >= 0 and 0 <= self.lora_dropout < 1):
-            raise InputError("--penalty-lr and --lam have to be at least 0, --lora-dropout in [0, 1)")
 
-
-def parse_config(argv: list[str] | None = None) -> list[Config]:
-    """The command line as a Config for each method and seed. A flag wins over what the model brings along, that over
-    what the domain does."""
-    flag = lambda name: "--" + name.replace("_", "-")
-    brought = (f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
-               for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()])
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[1], epilog="; ".join(brought))
-    for field in dataclasses.fields(Config):
-        choices = field.metadata.get("choices")
-        kind = dict(action="store_true") if field.type == "bool" else dict(
-            type={"str": str, "int": int, "float": float}[field.type], choices=choices,
-            metavar=None if choices else field.type)
-        if field.name in ("method", "embeddings"):
-            kind |= dict(nargs="+", metavar="name")
-        parser.add_argument(flag(field.name), help=f"{field.metadata['help']} (default: {field.default})", **kind)
-    parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
-    given = vars(parser.parse_args(argv))
-    methods, seeds = given.pop("method", [Config.method]), given.pop("seeds", 1)
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: it has to be at least 1")
-    by_domain = DOMAIN_DEFAULTS.get(given.get("domain", Config.domain), {})
-    by_model = MODEL_DEFAULTS.get((by_domain | given).get("model"), {})
-    first, adapter, files = given.pop("seed", Config.seed), given.pop("adapter", ""), given.pop("embeddings", [""])
-    fill = lambda path, method, seed: path.replace("{method}", method).replace("{seed}", str(seed))
-    return [Config(**by_domain | by_model | given, method=method, seed=seed, adapter=fill(adapter, method, seed),
-                   embeddings=fill(file, method, seed))
-            for method in dict.fromkeys(methods) for file in dict.fromkeys(files)
-            for seed in range(first, first + seeds)]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts (Section 2.2.1)
-# ----------------------------------------------------------------------------------------------------------------------
+# Prompts (Section 2.2.1) ----------------------------------------------------------------------------------------------
 
 class Prompt(NamedTuple):
     """Token ids, and the items whose pictures fill the placeholders among them, in order."""
@@ -232,10 +178,9 @@ class PromptBuilder:
     """
 
     def __init__(self, tokenizer, titles: list[str], picture_tokens: int):
-        token = tokenizer.convert_tokens_to_ids
         encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)  # titles are text
+        start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
         self.titles = encode(titles, truncation=True, max_length=TITLE_TOKENS).input_ids
-        start, pad, end = map(token, ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
         self.picture = [start, *[pad] * picture_tokens, end]
         self.newline = encode("\n").input_ids
         self.closing = [tokenizer.eos_token_id]
@@ -250,24 +195,377 @@ class PromptBuilder:
         return Prompt(ids + self.closing, [] if modality == "text" else list(items))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoder (Sections 2.2.2, 2.3)
-# ----------------------------------------------------------------------------------------------------------------------
+# Encoder (Sections 2.2.2, 2.3) ----------------------------------------------------------------------------------------
+
+class Encoder:
+    """Phi of Eq. 1: prompts in, the last token's state out.
+
+    Args:
+        vlm: a Qwen2_5_VLModel; LoRA may be put into it before or after.
+        tokenizer: the model's.
+        titles: of the N items.
+        features: (N, P, D), what the frozen vision tower makes of the N pictures; the tower itself is not used again.
+    """
+
+    def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
+        self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
+        self.prompt = PromptBuilder(tokenizer, titles, features.shape[1])
+        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])
+        self.grid = torch.tensor([[1, side, side]])  # time, height and width of a picture, in patches
+        self.tokens = 0                              # encoded so far, for the log
+
+    def __call__(self, prompts: list[Prompt], bar_title: str = "") -> torch.Tensor:
+        """Embeddings (n, D), float32, of n prompts of any length and modality (Eq. 1), in passes of similar length."""
+        passes = list(batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]))
+        shown = bar(passes, bar_title, unit="pass", disable=None if bar_title else True)
+        states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in shown])
+        order = torch.tensor(list(itertools.chain(*passes))).argsort()                             # as they came
+        return states[to_device(order, self.device)]
+
+    def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Embeddings (B, D), float32, of B prompts, padded to the longest."""
+        lm, device = self.vlm.language_model, self.device
+        ids = pad([prompt.ids for prompt in prompts], 0)                                           # (B, L)
+        last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
+        pictures = [item for prompt in prompts for item in prompt.pictures]
+        self.tokens += sum(len(prompt.ids) for prompt in prompts)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            states, positions = lm.embed_tokens(to_device(ids, device)), None                      # (B, L, D)
+            if pictures:  # they take the placeholders; their tokens have positions in time, height and width
+                is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
+                states = states.masked_scatter(to_device(is_picture[..., None], device),
+                                               to_device(self.features[pictures], device))
+                grid = self.grid.expand(len(pictures), 3)
+                positions, _ = self.vlm.get_rope_index(ids, is_picture.int(), grid)                # (3, B, L)
+                positions = to_device(positions, device)
+            # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
+            states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+        return last_token(states, last)                                                            # (B, D)
+
+    @torch.no_grad()
+    def embed(self, histories: list[list[int]], modalities: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Each modality's embeddings (n, D) and "fused", their sum (Eq. 2), on the CPU, without dropout, of any number
+        of histories; an item is a history of one."""
+        self.vlm.eval()
+        parts = {}
+        with folded_lora(self.vlm):
+            for modality in modalities:
+                prompts = [self.prompt(items, modality) for items in histories]
+                parts[modality] = self(prompts, f"embed {modality}").cpu()
+        return fuse(parts)
+
+
+def last_token(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """The state of each prompt's last token, as its embedding (Eq. 1): (B, D), float32, from the final layer's states
+    (B, L, D) and the places (B,) of the last tokens."""
+    return states[torch.arange(len(last), device=states.device), last].float()
+
+
+def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
+    return {**parts, "fused": sum(parts.values())}
+
+
+# Losses (Sections 2.4, 4.2): pure functions of tensors that need nothing but torch ------------------------------------
+# sim (B, B) is s(z_u, e_j) with the positives on its diagonal, mask (B, B) marks the negatives, tau is a temperature.
+
+def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
+    """s(z, e): cosine similarity of every row of z (n, D) with every row of e (m, D): (n, m), at least float32."""
+    z, e = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, e))
+    return torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(e, dim=-1).T
+
+
+def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
+    """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user; the diagonal is False.
+
+    The paper does not say. We leave out what the user has: an equal target, or an item of `earlier` (B, H), those
+    before the target, padded with -1.
+    """
+    owned = torch.cat([targets[:, None], earlier], dim=1)                 # (B, 1 + H)
+    return ~(owned[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
+
+
+def info_nce(sim: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_SFT (Eq. 3), as a mean over the batch; a user without a negative adds 0."""
+    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    logits = (sim / tau).masked_fill(~(positive | mask), -torch.inf)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """M_u,m (Eq. 6): how far the modality of `sim` sets each user's target above the mean of the negatives: (B,); 0
+    for a user without a negative."""
+    count = mask.sum(dim=1)
+    mean = (sim * mask).sum(dim=1) / count.clamp(min=1)
+    return torch.where(count > 0, sim.diagonal() - mean, 0.0)
+
+
+def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
+    """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, from the margins (B,) of both modalities.
+
+    Which one is weak is decided in each step for each user. The stop-gradient leaves one way to close the gap: raise
+    the weak modality, not lower the strong one.
+    """
+    strong = torch.maximum(margin_text, margin_vision)
+    weak = torch.minimum(margin_text, margin_vision)
+    return (strong.detach() if stop_gradient else strong) - weak
+
+
+def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,) from a gap (B,) and positive scalars alpha and beta."""
+    return 1 + beta * torch.nn.functional.softplus(alpha * gap)
+
+
+def wpcl(sim: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_WPCL (Eq. 10) of the fused embeddings, as a mean over the batch: InfoNCE whose negatives count w_u,pen times,
+    `weight` (B,); a user without a negative adds 0."""
+    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    logits = sim / tau + torch.where(positive, 0.0, weight.log()[:, None])  # w * exp(x) = exp(x + log w)
+    logits = logits.masked_fill(~(positive | mask), -torch.inf)
+    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+
+
+def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_CRTR (Eqs. 11-13): for each user, both modalities should rank the batch's targets alike. The mean over the
+    batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a row of sim_m / tau."""
+    log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
+    log_p_vision = (sim_vision / tau).log_softmax(dim=1)
+    kl = torch.nn.functional.kl_div                       # kl(log q, log p) is KL(p || q)
+    return (kl(log_p_vision, log_p_text, reduction="batchmean", log_target=True)
+            + kl(log_p_text, log_p_vision, reduction="batchmean", log_target=True)) / 2
+
+
+def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
+              tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it (Table 5), from the embeddings z of the users'
+    histories and e of their targets, {"text", "vision", "fused"}: (B, D). Returns it and, for the log, its terms."""
+    sim = {space: cosine(z[space], e[space]) for space in z}
+    terms, loss = {}, 0.0
+    if method.contrast == "wpcl":
+        margins = [discriminative_margin(sim[modality], mask) for modality in BOTH]
+        gap = modality_gap(*margins, method.stop_gradient)
+        weight = penalty_weight(gap, alpha, beta)
+        terms |= {"wpcl": wpcl(sim["fused"], mask, weight, tau), "gap": gap.mean(), "weight": weight.mean(),
+                  "alpha": alpha, "beta": beta}
+        loss = terms["wpcl"]
+    elif method.contrast == "infonce":
+        loss = terms["infonce"] = info_nce(sim["fused"], mask, tau)
+    if method.topology:
+        terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
+        loss = loss + lam * terms["crtr"]
+    return loss, {"loss": loss, **terms}
+
+
+# Training (Sections 4.2.3, 5.1.1) -------------------------------------------------------------------------------------
+
+class Penalty(torch.nn.Module):
+    """The learnable alpha and beta of Eq. 9, positive through softplus; they start at 1, which the paper does not say.
+
+    They only fall: the loss grows with the weight, L = log(1 + w R), and the weight grows with both.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.raw = torch.nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        alpha, beta = torch.nn.functional.softplus(self.raw)
+        return alpha, beta
+
+
+def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
+    """Put LoRA, all that is trained, into the language layers; from now on the encoder encodes with it."""
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
+    adapted = peft.get_peft_model(encoder.vlm, config)
+    for layer in adapted.modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer) and dropout:
+            layer.lora_dropout["default"] = Dropout(dropout)
+    print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
+    if checkpointing:
+        encoder.vlm.language_model.activation_checkpointing_enable()
+    return adapted
+
+
+def training_samples(domain: Domain, length: int, most: int, seed: int) -> list[tuple[list[int], int, list[int]]]:
+    """For each user (history, target, all items before the target); of at most `most` users, drawn by the seed (Table
+    7), unless it is 0."""
+    samples = [(*data.leave_one_out(sequence, "train", length), sequence[:-3]) for sequence in domain.sequences]
+    return [samples[user] for user in training_users(len(samples), most, seed)]
+
+
+def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """The users of an epoch in random order, B at a time; the last, incomplete batch is dropped."""
+    order = torch.randperm(users, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+    return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
+
+
+def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
+               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Encode the histories and the targets of B `training_samples` in each modality; `objective`'s loss and terms."""
+    histories, targets, earlier = zip(*batch)
+    prompts = [encoder.prompt(items, modality) for modality in method.modalities
+               for items in (*histories, *([target] for target in targets))]
+    states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)                      # (2, 2, B, D)
+    z = fuse(dict(zip(method.modalities, states[:, 0])))                                           # (B, D) each
+    e = fuse(dict(zip(method.modalities, states[:, 1])))
+    mask = to_device(negative_mask(torch.tensor(targets), pad(earlier, -1)), encoder.device)       # (B, B)
+    loss, terms = objective(method, z, e, mask, alpha, beta, tau, tau_crtr, lam)
+    if "text" in z and "vision" in z:  # Eq. 2 adds raw vectors: the longer one speaks louder
+        terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
+    return loss, terms
+
+
+def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
+    """Train the encoder's parameters `lora`, from the checkpoint in `folder` on if there is one; leave them as they
+    were after the epoch with the best validation N@10, and return its scores."""
+    method, penalty = METHODS[config.method], Penalty().to(encoder.device)
+    penalty.requires_grad_(config.penalty_lr > 0)
+    optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
+                                   {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
+    samples = training_samples(domain, config.history, config.train_users, config.seed)
+    valid = make_evaluation(domain, "valid", config.history, config.seed)
+    steps = len(samples) // config.batch                                                           # in an epoch
+    plan = ((epoch, users) for epoch in range(1, config.epochs + 1)
+            for users in shuffled_batches(len(samples), config.batch, config.seed, epoch))
+    trained = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
+    done, best, kept = load_checkpoint(folder, trained) or (0, {"N@10": -1.0}, {})
+    log = Log(folder / LOG, encoder, config.batch, config.log_every, done, config.epochs * steps)
+    weights = config.tau, config.tau_crtr, config.lam
+    with stop_requests() as stop:
+        for step, (epoch, users) in itertools.islice(enumerate(plan, 1), done, None):
+            encoder.vlm.train()
+            batch, (alpha, beta) = [samples[user] for user in users], penalty()
+            loss, terms = batch_loss(encoder, method, batch, alpha, beta, *weights)
+            loss.backward()
+            terms["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in lora.parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+            if config.gradients_every and step % config.gradients_every == 0:
+                log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *weights))
+            log.add(step, epoch, terms)
+            if step % steps == 0:
+                log.write()
+                scores = validate(encoder, method, domain, valid, epoch)
+                if scores["N@10"] > best["N@10"]:
+                    best, kept = scores, copy.deepcopy(lora.state_dict())
+            if step % steps == 0 or step % config.save_every == 0 or stop.is_set():
+                log.write()
+                save_checkpoint(folder, trained, step, best, kept)
+            if stop.is_set():
+                raise KeyboardInterrupt
+    log.close(steps)
+    lora.load_state_dict(kept)
+    return best
+
+
+# Evaluation (Section 5.1.3): leave-one-out, 100 negatives -------------------------------------------------------------
+
+def target_rank(target: torch.Tensor, others: torch.Tensor, competes: torch.Tensor | None = None) -> torch.Tensor:
+    """The target's rank among others, 1 is best; a tie counts half, so that a constant score is a middling one.
+
+    Args:
+        target: (U,) scores of the targets, float32.
+        others: (U, C) scores of the other candidates.
+        competes: (U, C) bool, which of the others count; all, if None.
+    Returns:
+        (U,) ranks. Raises FloatingPointError if a score is not finite: NaN must not pass for a hit.
+    """
+    if not (target.isfinite().all() and others.isfinite().all()):
+        raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
+    better, tied = others > target[:, None], others == target[:, None]
+    if competes is not None:
+        better, tied = better & competes, tied & competes
+    return 1 + better.sum(dim=1) + tied.sum(dim=1) / 2
+
+
+def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
+    """H@k and N@k for k = 10, 20 from ranks (U,), 1 is best; None if there are no users. With one target, the ideal DCG
+    is 1, so NDCG is the gain 1 / log2(1 + rank) of the target if it is among the first k."""
+    table = {}
+    for k in (10, 20):
+        hit = (ranks <= k).double()
+        table[f"H@{k}"] = hit.mean().item() if len(ranks) else None
+        table[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item() if len(ranks) else None
+    return table
+
+
+class Evaluation(NamedTuple):
+    """Histories, targets and candidates of a split: the same for every method with the same seed."""
+    users: list[int]
+    histories: list[list[int]]
+    targets: torch.Tensor      # (U,)
+    negatives: torch.Tensor    # (U, 100)
+    sequences: list[list[int]]
+
+    def rank(self, z: torch.Tensor, e: torch.Tensor, dot: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rank each user's target by cosine similarity, or the inner product (`dot`), of z (U, D) and e (N, D).
+
+        Returns:
+            (U,) ranks against the negatives, (U,) ranks against the catalogue without the user's other items.
+        """
+        ranks, full = [], []
+        for rows in torch.arange(len(z)).split(1024):
+            scores = z[rows] @ e.T if dot else cosine(z[rows], e)                                  # (1024, N)
+            target = scores.gather(1, self.targets[rows, None]).squeeze(1)                         # (1024,)
+            ranks.append(target_rank(target, scores.gather(1, self.negatives[rows])))
+            competes = torch.ones_like(scores, dtype=torch.bool)
+            for row, user in enumerate(rows.tolist()):
+                competes[row, self.sequences[user]] = False
+            full.append(target_rank(target, scores, competes))
+        return torch.cat(ranks), torch.cat(full)
+
+
+def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evaluation:
+    """All users for "test", at most 2,000 for "valid"."""
+    users = list(range(len(domain.user_ids)))
+    if split == "valid":
+        users = data.validation_users(len(users), seed)
+    sequences = [domain.sequences[user] for user in users]
+    histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in sequences))
+    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed)
+                 for user in users]
+    return Evaluation(users, list(histories), torch.tensor(targets), torch.tensor(negatives), sequences)
+
+
+def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation, epoch: int) -> dict[str, float]:
+    """Embed the catalogue and the validation histories with the encoder as it is; H@k and N@k."""
+    e = encoder.embed([[item] for item in range(len(domain.item_ids))], method.modalities)
+    z = encoder.embed(valid.histories, method.modalities)
+    scores = hits_and_ndcg(valid.rank(z["fused"], e["fused"])[0])
+    tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
+    return scores
+
+
+# Loading, caches and speed --------------------------------------------------------------------------------------------
+
+PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
+PADDING = 256                                 # tokens of padding in a forward pass that cost as much as another pass
+
+
+@contextlib.contextmanager
+def readable(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever the block raises into one InputError, "what: why; remedy": a damaged file has many ways to fail."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{what}: {reason}; {remedy}") from None
+
+
+def model_readable(model: str) -> contextlib.AbstractContextManager:
+    """`readable` for a checkpoint."""
+    return readable(f"--model {model} cannot be loaded",
+                    "give a folder written by save_pretrained, a name on the hub, or tiny")
+
 
 def check_model(model: str, revision: str = "main") -> None:
     """Raise InputError if `model` cannot be found or is of another family; fetches its config only."""
-    try:
+    with model_readable(model):
         family = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).model_type
-    except (OSError, ValueError, KeyError) as error:
-        raise unloadable(model, error) from None
     if family != "qwen2_5_vl":
         raise InputError(f"--model {model} is of the family {family}; take a Qwen2.5-VL, such as {Config.model}")
-
-
-def unloadable(model: str, error: Exception) -> InputError:
-    """The one line for a checkpoint that cannot be loaded."""
-    return InputError(f"--model {model} cannot be loaded: {' '.join(str(error).split())[:300]}; "
-                      "give a folder written by save_pretrained, a name on the hub, or tiny")
 
 
 def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
@@ -276,21 +574,36 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
     Raises InputError if there is no such model, it is of another family or a part of it is missing.
     """
     check_model(model, revision)
-    where = dict(revision=revision, trust_remote_code=False)
+    source = dict(revision=revision, trust_remote_code=False)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    try:
+    with model_readable(model):
         vlm, report = transformers.AutoModel.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **where)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **where)
-        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **where)  # no torchvision
+            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
+        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **source)  # no torchvision
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if tokenizer.eos_token_id is None or pad != vlm.config.image_token_id:
             raise ValueError("its tokenizer has no end token, or another picture token than its config")
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        raise unloadable(model, error) from None
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
+
+
+def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
+                  device: str = "cpu") -> Encoder:
+    """An Encoder for the items of a domain; their pictures' features are kept in the folder `cache`."""
+    vlm, tokenizer, processor = load_vlm(model, revision, device)
+    features = cached_features(Path(cache), vlm, processor, domain, image_size)
+    vlm.visual.to("meta")  # not needed again: its memory is free
+    return Encoder(vlm, tokenizer, domain.titles, features)
+
+
+def load_adapter(encoder: Encoder, folder: str) -> None:
+    """Put a trained adapter into the encoder. Raises InputError if there is none or it is of another model."""
+    with readable(f"--adapter {folder} does not fit", "give the folder adapter/ of a run with the same --model"):
+        if not Path(folder, "adapter_config.json").exists():
+            raise ValueError("there is no adapter_config.json in it")
+        peft.PeftModel.from_pretrained(encoder.vlm, folder)
 
 
 @torch.no_grad()
@@ -323,71 +636,6 @@ def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: in
     return safetensors.torch.load_file(path)["features"]
 
 
-class Encoder:
-    """Phi of Eq. 1: prompts in, the last token's state out.
-
-    Args:
-        vlm: a Qwen2_5_VLModel; adapters may be put into it before or after.
-        tokenizer: the model's.
-        titles: of the N items.
-        features: (N, P, D) of the N pictures; the vision tower itself is not used.
-    """
-
-    def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
-        self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
-        self.prompt = PromptBuilder(tokenizer, titles, features.shape[1])
-        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])
-        self.grid = torch.tensor([[1, side, side]])  # time, height and width of a picture, in patches
-        self.tokens = 0                              # encoded so far, for the log
-
-    def __call__(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Embeddings (n, D), float32, of n prompts of any length and modality (Eq. 1), in passes of similar length."""
-        passes = list(batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]))
-        states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in passes])
-        return states[to_device(torch.tensor(sum(passes, [])).argsort(), self.device)]             # as they came
-
-    def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Embeddings (B, D), float32, of B prompts, padded to the longest."""
-        lm, device = self.vlm.language_model, self.device
-        ids = pad([prompt.ids for prompt in prompts], 0)                                           # (B, L)
-        last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
-        shown = [item for prompt in prompts for item in prompt.pictures]
-        self.tokens += sum(len(prompt.ids) for prompt in prompts)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            states, positions = lm.embed_tokens(to_device(ids, device)), None                      # (B, L, D)
-            if shown:  # pictures take the placeholders; their tokens have positions in time, height and width
-                is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
-                states = states.masked_scatter(to_device(is_picture[..., None], device),
-                                               to_device(self.features[shown], device))
-                positions = self.vlm.get_rope_index(ids, is_picture.int(), self.grid.expand(len(shown), 3))[0]
-                positions = to_device(positions, device)                                           # (3, B, L)
-            # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
-            states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
-        return last_token(states, last)                                                            # (B, D)
-
-    @torch.no_grad()
-    def embed(self, histories: list[list[int]], modality: str) -> torch.Tensor:
-        """Embeddings (n, D) on the CPU of any number of histories (a single item: a list of one), without dropout."""
-        self.vlm.eval()
-        prompts = [self.prompt(items, modality) for items in histories]
-        out = torch.empty(len(prompts), self.vlm.config.text_config.hidden_size, device=self.device)
-        with folded_lora(self.vlm), bar(total=len(prompts), desc=f"embed {modality}") as progress:
-            for rows in batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]):
-                out[to_device(torch.tensor(rows), self.device)] = self.forward_pass([prompts[row] for row in rows])
-                progress.update(len(rows))
-        return out.cpu()
-
-    def embed_fused(self, histories: list[list[int]], modalities: tuple[str, ...]) -> dict[str, torch.Tensor]:
-        """Each modality's embeddings (n, D) and, as "fused", their sum (Eq. 2)."""
-        return fuse({modality: self.embed(histories, modality) for modality in modalities})
-
-
-def last_token(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """The state of each prompt's last token, as its embedding (Eq. 1): (B, D), float32, from the final layer's states
-    (B, L, D) and the places (B,) of the last tokens."""
-    return states[torch.arange(len(last), device=states.device), last].float()
-
-
 def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens, and
     at most PADDING of them are padding."""
@@ -413,6 +661,19 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+class Dropout(torch.nn.Dropout):
+    """Dropout whose mask costs a quarter as much on a CPU, where torch draws one number at a time: 16 bits of it decide
+    an element here."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x with a share p of its elements set to 0 and the others divided by 1 - p."""
+        if not self.training or x.device.type != "cpu":
+            return super().forward(x)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
+        kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
+        return x * kept / (1 - self.p)
+
+
 @contextlib.contextmanager
 def folded_lora(vlm) -> Iterator[None]:
     """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
@@ -431,387 +692,78 @@ def folded_lora(vlm) -> Iterator[None]:
             layer.weight.data = weight
 
 
-def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
-    return {**parts, "fused": sum(parts.values())}
+# The command line -----------------------------------------------------------------------------------------------------
+
+DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  # what the choice of a domain or of a
+MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
+
+
+def check_config(config: Config) -> None:
+    """Raise InputError, with the flag's name, for values that make no sense alone or together."""
+    for field in dataclasses.fields(Config):
+        value, (least, most) = getattr(config, field.name), field.metadata["range"]
+        if least is not None and not least <= value <= most:
+            raise InputError(f"{flag(field.name)} {value}: it has to be at least {least} and at most {most}")
+    method = METHODS[config.method]
+    if config.image_size % 28:
+        raise InputError(f"--image-size {config.image_size}: a token covers 28 pixels, take a multiple such as 168")
+    if config.method == "mean-pool" and not config.embeddings:
+        raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
+    if config.embeddings and method.modalities:
+        raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {config.method}")
+    if config.adapter and not (method.contrast or method.topology):
+        raise InputError(f"--adapter is for a method that trains one, not for --method {config.method}")
+
+
+def flag(name: str) -> str:
+    """The flag of a field of Config."""
+    return "--" + name.replace("_", "-")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser that leaves out what the command line does not say."""
+    brings = (f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
+              for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()])
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False,
+                                     description=__doc__.split("\n\n")[1], epilog="; ".join(brings))
+    for field in dataclasses.fields(Config):
+        text = f"{field.metadata['help']} (default: {field.default})"
+        if field.type == "bool":
+            parser.add_argument(flag(field.name), action="store_true", help=text)
+            continue
+        choices, several = field.metadata.get("choices"), field.name in ("method", "embeddings")
+        parser.add_argument(flag(field.name), help=text, choices=choices, nargs="+" if several else None,
+                            type={"str": str, "int": int, "float": float}[field.type],
+                            metavar="name" if several else None if choices else field.type)
+    parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> list[Config]:
+    """The command line as a Config for each method and seed. A flag wins over what the model brings along, that over
+    what the domain does."""
+    flags = vars(build_parser().parse_args(argv))
+    by_domain = DOMAIN_DEFAULTS.get(flags.get("domain", Config.domain), {})
+    by_model = MODEL_DEFAULTS.get((by_domain | flags).get("model"), {})
+    common = dataclasses.asdict(Config()) | by_domain | by_model | flags
+    seeds, methods, files = (common.pop("seeds", 1), flags.get("method", [Config.method]),
+                             flags.get("embeddings", [Config.embeddings]))
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}: it has to be at least 1")
+    configs = []
+    for method, file, seed in itertools.product(dict.fromkeys(methods), dict.fromkeys(files), range(seeds)):
+        seed += common["seed"]
+        fill = lambda path: path.replace("{method}", method).replace("{seed}", str(seed))
+        configs.append(Config(**common | {"method": method, "seed": seed, "embeddings": fill(file),
+                                          "adapter": fill(common["adapter"])}))
+        check_config(configs[-1])
+    return configs
+
+
+# A run: its log, its checkpoint, its folder ---------------------------------------------------------------------------
+
+LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"  # in the folder of a run
 
-
-def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
-                  device: str = "cpu") -> Encoder:
-    """An Encoder for the items of a domain; their pictures' features are kept in the folder `cache`."""
-    vlm, tokenizer, processor = load_vlm(model, revision, device)
-    features = cached_features(Path(cache), vlm, processor, domain, image_size)
-    vlm.visual.to("meta")  # not needed again: its memory is free
-    return Encoder(vlm, tokenizer, domain.titles, features)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Losses (Sections 2.4, 4.2): pure functions of tensors that need nothing but torch
-# ----------------------------------------------------------------------------------------------------------------------
-
-def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
-    """s(z, e): cosine similarity of every row of z (n, D) with every row of e (m, D): (n, m), at least float32."""
-    z, e = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, e))
-    return torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(e, dim=-1).T
-
-
-def in_batch_negatives(targets: torch.Tensor, bought: torch.Tensor) -> torch.Tensor:
-    """N_u: which of the batch's targets are negatives for which user.
-
-    The paper does not say. We leave out items that the user did buy: an equal target, or one bought before it.
-
-    Args:
-        targets: (B,) each user's target item.
-        bought: (B, H) the items that each user bought before the target, padded with -1.
-    Returns:
-        (B, B) bool; the diagonal is False.
-    """
-    known = torch.cat([targets[:, None], bought], dim=1)                  # (B, 1 + H)
-    return ~(known[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
-
-
-def info_nce(sim: torch.Tensor, negatives: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_SFT (Eq. 3), as a mean over the batch.
-
-    Args:
-        sim: (B, B) s(z_u, e_j); the diagonal holds the positives.
-        negatives: (B, B) bool, N_u; a user without any adds 0.
-        tau: temperature.
-    """
-    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-    logits = (sim / tau).masked_fill(~(positive | negatives), -torch.inf)
-    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
-
-
-def discriminative_margin(sim: torch.Tensor, negatives: torch.Tensor) -> torch.Tensor:
-    """M_u,m (Eq. 6): how far a modality sets a user's target above the mean of the negatives.
-
-    Args:
-        sim: (B, B) s(z_u^m, e_j^m) of one modality; the diagonal holds the positives.
-        negatives: (B, B) bool, N_u.
-    Returns:
-        (B,); 0 for a user without a negative.
-    """
-    count = negatives.sum(dim=1)
-    mean = (sim * negatives).sum(dim=1) / count.clamp(min=1)
-    return torch.where(count > 0, sim.diagonal() - mean, 0.0)
-
-
-def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
-    """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8). Both margins and the gap are (B,); the gap is at least 0.
-
-    The stop-gradient leaves one way to close the gap: raise the weak modality, not lower the strong one.
-    """
-    strong = torch.maximum(margin_text, margin_vision)
-    weak = torch.minimum(margin_text, margin_vision)
-    return (strong.detach() if stop_gradient else strong) - weak
-
-
-def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
-    """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,) from a gap (B,) and positive scalars alpha and beta."""
-    return 1 + beta * torch.nn.functional.softplus(alpha * gap)
-
-
-def wpcl(sim: torch.Tensor, negatives: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_WPCL (Eq. 10), as a mean over the batch: InfoNCE whose negatives count w_u,pen times.
-
-    Args:
-        sim: (B, B) s(z_u, e_j) of the fused embeddings; the diagonal holds the positives.
-        negatives: (B, B) bool, N_u; a user without any adds 0.
-        weight: (B,) w_u,pen, positive.
-        tau: temperature.
-    """
-    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-    logits = sim / tau + torch.where(positive, 0.0, weight.log()[:, None])  # w * exp(x) = exp(x + log w)
-    logits = logits.masked_fill(~(positive | negatives), -torch.inf)
-    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
-
-
-def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_CRTR (Eqs. 11-13): both modalities should rank the batch's targets alike for each user.
-
-    Args:
-        sim_text, sim_vision: (B, B) s(z_i^m, e_j^m).
-        tau: temperature.
-    Returns:
-        The mean over the batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2.
-    """
-    log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
-    log_p_vision = (sim_vision / tau).log_softmax(dim=1)
-    kl = torch.nn.functional.kl_div                       # kl(log q, log p) is KL(p || q)
-    return (kl(log_p_vision, log_p_text, reduction="batchmean", log_target=True)
-            + kl(log_p_text, log_p_vision, reduction="batchmean", log_target=True)) / 2
-
-
-def objective(method: Method, z: dict, e: dict, negatives: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
-              tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it (Table 5).
-
-    Args:
-        z, e: {"text", "vision", "fused"}: (B, D), the users' histories and their targets.
-        negatives: (B, B) bool.
-    Returns:
-        The loss and, for the log, its terms.
-    """
-    sim = {space: cosine(z[space], e[space]) for space in z}
-    terms, loss = {}, 0.0
-    if method.contrast == "wpcl":
-        margins = [discriminative_margin(sim[modality], negatives) for modality in BOTH]
-        gap = modality_gap(*margins, method.stop_gradient)
-        weight = penalty_weight(gap, alpha, beta)
-        terms |= {"wpcl": wpcl(sim["fused"], negatives, weight, tau), "gap": gap.mean(), "weight": weight.mean()}
-        loss = terms["wpcl"]
-    elif method.contrast == "infonce":
-        loss = terms["infonce"] = info_nce(sim["fused"], negatives, tau)
-    if method.topology:
-        terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
-        loss = loss + lam * terms["crtr"]
-    return loss, {"loss": loss, **terms}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation (Section 5.1.3): leave-one-out, 100 negatives
-# ----------------------------------------------------------------------------------------------------------------------
-
-def target_rank(target: torch.Tensor, others: torch.Tensor, competes: torch.Tensor | None = None) -> torch.Tensor:
-    """The target's rank among others, 1 is best; a tie counts half, so that a constant score is a middling one.
-
-    Args:
-        target: (U,) scores of the targets, float32.
-        others: (U, C) scores of the other candidates.
-        competes: (U, C) bool, which of the others count; all, if None.
-    Returns:
-        (U,) ranks. Raises FloatingPointError if a score is not finite: NaN must not pass for a hit.
-    """
-    if not (target.isfinite().all() and others.isfinite().all()):
-        raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
-    better, tied = others > target[:, None], others == target[:, None]
-    if competes is not None:
-        better, tied = better & competes, tied & competes
-    return 1 + better.sum(dim=1) + tied.sum(dim=1) / 2
-
-
-def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
-    """H@k and N@k for k = 10, 20 from ranks (U,), 1 is best; None if there are no users. With one target, the ideal DCG
-    is 1, so NDCG is the gain 1 / log2(1 + rank) of the target if it is among the first k."""
-    table = {}
-    for k in (10, 20):
-        hit = (ranks <= k).double()
-        table[f"H@{k}"] = hit.mean().item() if len(ranks) else None
-        table[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item() if len(ranks) else None
-    return table
-
-
-def rank_users(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor, bought: list[list[int]],
-               dot: bool = False, chunk: int = 1024) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rank each user's target by cosine similarity, against the negatives and against the whole catalogue.
-
-    Args:
-        z, e: (U, D) users, (N, D) items.
-        targets: U items; negatives: (U, 100) items.
-        bought: per user the whole sequence; it does not compete in the full ranking.
-        dot: by inner product instead.
-    Returns:
-        (U,) ranks against the negatives, (U,) ranks against all items that the user did not buy.
-    """
-    ranks, full = [], []
-    for start in range(0, len(z), chunk):
-        part = slice(start, start + chunk)
-        scores = z[part] @ e.T if dot else cosine(z[part], e)                                  # (chunk, N)
-        target = scores.gather(1, torch.tensor(targets[part])[:, None]).squeeze(1)
-        ranks.append(target_rank(target, scores.gather(1, negatives[part])))
-        competes = torch.ones_like(scores, dtype=torch.bool)
-        rows = [row for row, items in enumerate(bought[part]) for _ in items]
-        competes[rows, [item for items in bought[part] for item in items]] = False
-        full.append(target_rank(target, scores, competes))
-    return torch.cat(ranks), torch.cat(full)
-
-
-class Evaluation(NamedTuple):
-    """Histories, targets and candidates of a split: the same for every method with the same seed."""
-    users: list[int]
-    histories: list[list[int]]
-    targets: list[int]
-    negatives: torch.Tensor    # (U, 100)
-    bought: list[list[int]]    # whole sequences
-
-
-def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evaluation:
-    """All users for "test", at most 2,000 for "valid"."""
-    everyone = range(len(domain.user_ids))
-    users = data.validation_users(len(everyone), seed) if split == "valid" else list(everyone)
-    bought = [domain.sequences[user] for user in users]
-    histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in bought))
-    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed)
-                 for user in users]
-    return Evaluation(users, list(histories), list(targets), torch.tensor(negatives), bought)
-
-
-def embed_items(encoder: Encoder, modalities: tuple[str, ...], domain: Domain) -> dict[str, torch.Tensor]:
-    """The catalogue's embeddings: {"text", "vision", "fused"}: (N, D)."""
-    return encoder.embed_fused([[item] for item in range(len(domain.item_ids))], modalities)
-
-
-def evaluate(encoder: Encoder, modalities: tuple[str, ...], items: dict,
-             evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both ranks of a split's targets (see rank_users), given the catalogue's embeddings (see embed_items)."""
-    z = encoder.embed_fused(evaluation.histories, modalities)
-    return rank_users(z["fused"], items["fused"], evaluation.targets, evaluation.negatives, evaluation.bought)
-
-
-def chance(candidates: int = 1 + data.NEGATIVES) -> dict[str, float]:
-    """What a random order of the candidates scores on average."""
-    return hits_and_ndcg(torch.arange(1, candidates + 1))
-
-
-def popularity(domain: Domain, evaluation: Evaluation) -> dict[str, float]:
-    """What it scores to rank by the number of interactions before the validation target."""
-    count = training_counts(domain)
-    return hits_and_ndcg(target_rank(count[evaluation.targets], count[evaluation.negatives]))
-
-
-def training_counts(domain: Domain) -> torch.Tensor:
-    """(N,) how many users have each item before their validation target."""
-    count = torch.zeros(len(domain.item_ids))
-    for sequence in domain.sequences:
-        count[sequence[:-2]] += 1
-    return count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training (Sections 4.2.3, 5.1.1)
-# ----------------------------------------------------------------------------------------------------------------------
-
-class Penalty(torch.nn.Module):
-    """The learnable alpha and beta of Eq. 9. Every gradient step lowers both (README, "Open questions"), so they stay
-    positive through softplus; they start at 1, which the paper does not say."""
-
-    def __init__(self):
-        super().__init__()
-        self.raw = torch.nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
-
-    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha, beta = torch.nn.functional.softplus(self.raw)
-        return alpha, beta
-
-
-class Dropout(torch.nn.Dropout):
-    """Dropout whose mask costs a quarter as much on a CPU, where torch draws one number at a time: 16 bits of it decide
-    an element here."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x with a share p of its elements set to 0 and the others divided by 1 - p."""
-        if not self.training or x.device.type != "cpu":
-            return super().forward(x)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
-        kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
-        return x * kept / (1 - self.p)
-
-
-def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
-    """Put LoRA into the language layers, not the vision tower; from now on the encoder encodes with it."""
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
-    adapted = peft.get_peft_model(encoder.vlm, config)
-    for layer in adapted.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer) and dropout:
-            layer.lora_dropout["default"] = Dropout(dropout)
-    print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
-    if checkpointing:
-        encoder.vlm.language_model.activation_checkpointing_enable()
-    return adapted
-
-
-def training_users(users: int, most: int, seed: int) -> list[int]:
-    """The users to train on (Table 7): at most `most`, drawn by the seed; all of them if it is 0."""
-    return random.Random(f"{seed} train users").sample(range(users), min(most, users)) if most else list(range(users))
-
-
-def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
-    """The users of an epoch in random order, B at a time; the last, incomplete batch is dropped."""
-    order = torch.randperm(users, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
-    return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
-
-
-def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
-               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Encode a batch of (history, target, all items bought before the target) and score it: the loss and, for the log,
-    its terms (scalars)."""
-    histories, targets, bought = zip(*batch)
-    prompts = [encoder.prompt(items, modality) for modality in method.modalities
-               for items in (*histories, *([target] for target in targets))]
-    states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)                      # (2, 2, B, D)
-    z = fuse(dict(zip(method.modalities, states[:, 0])))                                           # (B, D) each
-    e = fuse(dict(zip(method.modalities, states[:, 1])))
-    negatives = in_batch_negatives(torch.tensor(targets), pad(bought, -1))                         # (B, B)
-    negatives = to_device(negatives, encoder.device)
-    loss, terms = objective(method, z, e, negatives, alpha, beta, tau, tau_crtr, lam)
-    if "text" in z and "vision" in z:  # Eq. 2 adds raw vectors: the longer one speaks louder
-        terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
-    return loss, terms
-
-
-def train_epoch(encoder: Encoder, method: Method, penalty: Penalty, optimizer, samples: list[tuple],
-                batches: list[list[int]], after_step, tau: float, tau_crtr: float, lam: float) -> None:
-    """One pass over the batches; `samples` holds what batch_loss takes, per user. After each step comes
-    after_step(terms, users)."""
-    encoder.vlm.train()
-    for users in batches:
-        alpha, beta = penalty()
-        loss, terms = batch_loss(encoder, method, [samples[user] for user in users], alpha, beta, tau, tau_crtr, lam)
-        loss.backward()
-        terms["grad_norm"] = torch.nn.utils.get_total_norm(
-            [weight.grad for weight in optimizer.param_groups[0]["params"]])
-        optimizer.step()
-        optimizer.zero_grad()
-        if method.contrast == "wpcl":
-            terms |= {"alpha": alpha, "beta": beta}
-        after_step(terms, users)
-
-
-def train(encoder: Encoder, adapted: peft.PeftModel, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
-    """Train as `config` says, from the checkpoint in `folder` if there is one; leave the epoch with the best validation
-    N@10 in the encoder and return its scores."""
-    method, penalty = METHODS[config.method], Penalty().to(encoder.device)
-    penalty.requires_grad_(config.penalty_lr > 0)
-    lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
-    optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
-                                   {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
-    samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3]) for sequence in domain.sequences]
-    samples = [samples[user] for user in training_users(len(samples), config.train_users, config.seed)]
-    valid = make_evaluation(domain, "valid", config.history, config.seed)
-    steps = len(samples) // config.batch  # in an epoch
-    log = Log(folder / "log.jsonl", config.log_every, config.epochs * steps, lambda: encoder.tokens)
-    checkpoint = Checkpoint(folder / CHECKPOINT, config.save_every, log, optimizer, lora, penalty)
-
-    def after_step(terms: dict[str, torch.Tensor], users: list[int]) -> None:
-        """Fig. 1b's cosines when they are due, then the checkpoint, which has to find their line in the log."""
-        if config.gradients_every and (log.step + 1) % config.gradients_every == 0:
-            log.append({"step": log.step + 1} | gradient_cosines(encoder, method, [samples[user] for user in users],
-                                                                 *penalty(), config.tau, config.tau_crtr, config.lam))
-        checkpoint.after_step(terms, users)
-
-    for epoch in range(max(1, math.ceil(log.step / steps)), config.epochs + 1):
-        batches = shuffled_batches(len(samples), config.batch, config.seed, epoch)[log.step - (epoch - 1) * steps:]
-        log.start(epoch)
-        with checkpoint.stopping_after_a_step():
-            train_epoch(encoder, method, penalty, optimizer, samples, batches, after_step,
-                        config.tau, config.tau_crtr, config.lam)
-        checkpoint.save()
-        ranks, _ = evaluate(encoder, method.modalities, embed_items(encoder, method.modalities, domain), valid)
-        scores = hits_and_ndcg(ranks)
-        tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
-        if scores["N@10"] > checkpoint.best["N@10"]:
-            checkpoint.best, checkpoint.kept = scores, copy.deepcopy(lora.state_dict())
-    log.bar.close()
-    if log.seconds:
-        print(f"{sum(log.seconds) / len(log.seconds) * steps / 60:.3g} minutes per epoch of training")
-    lora.load_state_dict(checkpoint.kept)
-    return checkpoint.best
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run: from a command line to a folder of results
-# ----------------------------------------------------------------------------------------------------------------------
 
 class Log:
     """log.jsonl and the progress bar: a line every `every` steps, with the mean of each term since the last one.
@@ -820,42 +772,37 @@ class Log:
     with the first bad step, if one of them is not finite.
     """
 
-    def __init__(self, path: Path, every: int, steps: int, count_tokens: Callable[[], int]):
-        self.path, self.every, self.steps, self.count_tokens = path, every, steps, count_tokens
-        self.step, self.pending, self.seconds = 0, [], []
-        self.bar = bar(total=steps, desc="train", unit="step")
+    def __init__(self, path: Path, encoder: Encoder, batch: int, every: int, done: int, steps: int):
+        self.path, self.encoder, self.batch, self.every, self.steps = path, encoder, batch, every, steps
+        self.pending, self.seconds, self.measured = [], 0.0, 0     # seconds for so many steps
+        self.bar = bar(total=steps, initial=done, desc="train", unit="step")
+        self.clock, self.tokens = time.perf_counter(), encoder.tokens
 
-    def start(self, epoch: int) -> None:
-        """A new epoch: time outside of the epochs is not counted."""
-        self.epoch, self.users, self.tokens, self.clock = epoch, 0, self.count_tokens(), time.perf_counter()
-
-    def __call__(self, terms: dict[str, torch.Tensor], users: list[int]) -> None:
-        """Note a step's terms (scalars) and its users."""
+    def add(self, step: int, epoch: int, terms: dict[str, torch.Tensor]) -> None:
+        """Note the terms (scalars) of a step."""
+        self.step, self.epoch, self.names = step, epoch, list(terms)
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
-        self.names, self.step, self.users = list(terms), self.step + 1, self.users + len(users)
-        self.bar.update(self.step - self.bar.n)
-        if self.step % self.every == 0:
+        self.bar.update()
+        if step % self.every == 0:
             self.write()
 
     def write(self) -> None:
-        """Write the line for the steps since the last one, if there are any."""
-        if not self.pending:
-            return
-        values = torch.stack(self.pending).cpu()                                      # (steps, terms)
-        if (bad := ~values.isfinite().all(dim=1)).any():
-            at = int(bad.int().argmax())
-            raise FloatingPointError(f"step {self.step - len(values) + at + 1} is the first that is not finite: "
-                                     f"{dict(zip(self.names, values[at].tolist()))}; lower --lr or raise --tau")
-        seconds, device = time.perf_counter() - self.clock, self.pending[0].device.type
-        self.seconds += [seconds / len(values)] * len(values)                        # of each step
-        means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
-        line = {"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(self.users / seconds, 2),
-                "tokens_per_s": round((self.count_tokens() - self.tokens) / seconds),
-                "peak_gib": round(peak_gib(device), 3),
-                "minutes_left": round((self.steps - self.step) * self.seconds[-1] / 60, 1)}
-        self.append(line)
-        self.pending = []
-        self.start(self.epoch)
+        """Write the line for the steps since the last one, if there are any; time between two calls without a step in
+        between is not counted."""
+        if self.pending:
+            values = torch.stack(self.pending).cpu()                                  # (steps, terms)
+            if (bad := ~values.isfinite().all(dim=1)).any():
+                first = int(bad.int().argmax())
+                raise FloatingPointError(f"step {self.step - len(values) + first + 1} is the first that is not finite: "
+                                         f"{dict(zip(self.names, values[first].tolist()))}; lower --lr or raise --tau")
+            seconds, users = time.perf_counter() - self.clock, len(values) * self.batch
+            self.seconds, self.measured = self.seconds + seconds, self.measured + len(values)
+            means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
+            self.append({"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(users / seconds, 2),
+                         "tokens_per_s": round((self.encoder.tokens - self.tokens) / seconds),
+                         "peak_gib": round(peak_gib(values.device.type), 3),
+                         "minutes_left": round((self.steps - self.step) * seconds / len(values) / 60, 1)})
+        self.pending, self.clock, self.tokens = [], time.perf_counter(), self.encoder.tokens
 
     def append(self, line: dict[str, float]) -> None:
         """Write and print a line."""
@@ -863,65 +810,60 @@ class Log:
             file.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
+    def close(self, steps: int) -> None:
+        """Say how long an epoch of so many steps took."""
+        self.bar.close()
+        if self.measured:
+            print(f"{self.seconds / self.measured * steps / 60:.3g} minutes per epoch of training")
 
-class Checkpoint:
-    """A file with all that a killed run needs to go on to the same numbers, on a CPU to the bit.
 
-    It is written whole or not at all; the one before it stays until then. If there is one, it is taken up at once.
+def save_checkpoint(folder: Path, trained: dict, step: int, best: dict, kept: dict) -> None:
+    """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all.
+
+    Args:
+        trained: what has a state_dict, by name; best, kept: the best epoch's scores on validation, and its LoRA.
     """
+    content, gpu = io.BytesIO(), torch.cuda.is_initialized()
+    torch.save({name: part.state_dict() for name, part in trained.items()} | {
+        "step": step, "best": best, "kept": kept, "log": (folder / LOG).stat().st_size,
+        "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state() if gpu else None}, content)
+    with data.whole_file(folder / CHECKPOINT) as partial:
+        partial.write_bytes(content.getbuffer())
 
-    def __init__(self, path: Path, every: int, log: Log, optimizer, lora: torch.nn.Module, penalty: torch.nn.Module):
-        self.path, self.every, self.log, self.stop = path, every, log, False
-        self.parts = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
-        self.best, self.kept = {"N@10": -1.0}, {}  # the best epoch's scores on validation, and its LoRA
-        if path.exists():
-            self.restore()
 
-    def after_step(self, terms: dict[str, torch.Tensor], users: list[int]) -> None:
-        """Log a step; save when it is time to, or when the run is to stop."""
-        self.log(terms, users)
-        if self.stop or self.log.step % self.every == 0:
-            self.save()
-
-    def save(self) -> None:
-        """Write the checkpoint; raise KeyboardInterrupt then if the run is to stop. Raises FloatingPointError instead
-        if a step since the last checkpoint was not finite."""
-        self.log.write()
-        content, gpu = io.BytesIO(), torch.cuda.is_initialized()
-        torch.save({name: part.state_dict() for name, part in self.parts.items()} | {
-            "best": self.best, "kept": self.kept, "step": self.log.step, "log": self.log.path.stat().st_size,
-            "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state() if gpu else None}, content)
-        with data.whole_file(self.path) as partial:
-            partial.write_bytes(content.getbuffer())
-        if self.stop:
-            raise KeyboardInterrupt
-
-    def restore(self) -> None:
-        """Go back to the checkpoint. Raises InputError if it is damaged."""
-        try:
-            saved = torch.load(self.path, weights_only=True, map_location="cpu")
-        except Exception as error:  # a damaged zip file has many ways to fail
-            raise InputError(f"{self.path} is damaged ({type(error).__name__}); --restart begins anew") from None
-        for name, part in self.parts.items():
+def load_checkpoint(folder: Path, trained: dict) -> tuple[int, dict, dict] | None:
+    """Go back to the checkpoint: its step, best and kept, or None if there is none. Raises InputError if it is
+    damaged."""
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return None
+    with readable(f"{path} is damaged", "--restart begins anew"):
+        saved = torch.load(path, weights_only=True, map_location="cpu")
+        for name, part in trained.items():
             part.load_state_dict(saved[name])
-        self.best, self.kept, self.log.step = saved["best"], saved["kept"], saved["step"]
-        os.truncate(self.log.path, saved["log"])
         torch.set_rng_state(saved["random"])
         if saved["random_gpu"] is not None:
             torch.cuda.set_rng_state(saved["random_gpu"])
-        print(f"going on after step {self.log.step} of {self.log.steps}")
+        os.truncate(folder / LOG, saved["log"])
+        print(f"going on after step {saved['step']}")
+        return saved["step"], saved["best"], saved["kept"]
 
-    @contextlib.contextmanager
-    def stopping_after_a_step(self) -> Iterator[None]:
-        """While the block runs, Ctrl-C and SIGTERM let the step end and be saved."""
-        def ask(number, frame):
-            self.stop = True
-        handlers = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """While the block runs, Ctrl-C and SIGTERM set this event; a second one stops at once."""
+    stop = threading.Event()
+
+    def request(number, frame):
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+    handlers = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def peak_gib(device: str) -> float:
@@ -935,63 +877,35 @@ def peak_gib(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def format_scores(scores: dict[str, float | None]) -> str:
-    """H@10 .1234  N@10 .0678 ..."""
-    return "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items())
+def training_users(users: int, most: int, seed: int) -> list[int]:
+    """The users to train on (Table 7): at most `most`, drawn by the seed; all of them if it is 0."""
+    return random.Random(f"{seed} train users").sample(range(users), min(most, users)) if most else list(range(users))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write lines of UTF-8, which appear when they are whole."""
-    with data.whole_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write readable JSON, which appears when it is whole."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-def settings(config: Config, domain: Domain, device: str) -> dict:
+def settings_of(config: Config, domain: Domain, device: str) -> dict:
     """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
-    given = Path(config.adapter).glob("adapter_*") if config.adapter else [Path(config.embeddings)]
-    digest = lambda paths: hashlib.blake2b(
-        b"".join(path.read_bytes() for path in sorted(paths) if path.is_file()), digest_size=16).hexdigest()
-    versions = {"python": platform.python_version(), "pillow": PIL.__version__,
-                **{package.__name__: package.__version__ for package in (torch, transformers, peft)}}
-    return {**dataclasses.asdict(config), "device": device, **versions, "data_digest": domain.digest,
-            "source_digest": digest([Path(__file__), Path(data.__file__)]), "given_digest": digest(given)}
+    def digest(paths) -> str:
+        content = b"".join(path.read_bytes() for path in sorted(paths) if path.is_file())
+        return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
+    inputs = Path(config.adapter).glob("adapter_*") if config.adapter else [Path(config.embeddings)]
+    return {**dataclasses.asdict(config), "device": device, "python": platform.python_version(),
+            "pillow": PIL.__version__, **versions, "data_digest": domain.digest,
+            "source_digest": digest([Path(__file__), Path(data.__file__)]), "given_digest": digest(inputs)}
 
 
-def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
-                  full: torch.Tensor, valid: dict, rows: dict[str, dict]) -> str:
-    """Write ranks.csv and metrics.json, as README.md describes them; return the tables, `rows` among them."""
-    lines = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"]
-             for user, item, rank, rank_full in zip(test.users, test.targets, ranks.tolist(), full.tolist())]
-    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], lines)
-    untied, name = ~torch.tensor(domain.tied), run_name(config)
-    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
-              "test_untied": hits_and_ndcg(ranks[untied])}
-    about = {"domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
-             "users": len(domain.user_ids), "items": len(domain.item_ids)}
-    write_json(folder / "metrics.json", {**about, **scores, "valid": valid})
-    return as_table({"chance": chance(), "popularity": popularity(domain, test)} | rows | {
-        name: scores["test"],
-        f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
-        f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"]}, "test") + "\n\n" + as_table(
-        by_frequency(domain, test, ranks))
-
-
-def as_table(rows: dict[str, dict], title: str = "") -> str:
-    """Named rows of scores as Markdown; a score that does not exist is a dash."""
-    columns = list(next(iter(rows.values())))
-    text = lambda value: "-" if value is None else f"{value:.4f}"
-    lines = [[title, *columns], ["---"] * (1 + len(columns)),
-             *([name, *(text(scores[column]) for column in columns)] for name, scores in rows.items())]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def run_name(config: Config) -> str:
+    """What tells a run's folder and its row in a table from others of its domain."""
+    name = config.method + ("+zero-shot" if config.adapter else "")
+    if config.embeddings:
+        path = Path(config.embeddings).resolve()
+        name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
+    return name
 
 
 def set_up(config: Config) -> tuple[Domain, Path, str, str]:
-    """The domain, its folder, the model and the device that `config` asks for, made if need be; says what they are."""
+    """The domain, its folder, the model and the device of a run, prepared if need be; says what they are."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -1007,13 +921,29 @@ def set_up(config: Config) -> tuple[Domain, Path, str, str]:
     return domain, folder, model, device
 
 
-def run_name(config: Config) -> str:
-    """What tells a run's folder and its row in a table from others of its domain."""
-    name = config.method + ("+zero-shot" if config.adapter else "")
-    if config.embeddings:
-        path = Path(config.embeddings).resolve()
-        name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
-    return name
+def same_run(folder: Path, settings: dict) -> bool:
+    """Is there a run in `folder`? Raises InputError, which names what differs, if its settings are not these, apart
+    from where things lie."""
+    path = folder / "config.json"
+    if not path.exists():
+        return False
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = {}
+    differing = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items()
+                 if before.get(name) != value and name not in ("domain", "data_dir", "mirror", "out", "restart")]
+    if differing:
+        raise InputError(f"{folder} holds a run with other settings: {'; '.join(differing)}. --restart replaces it, "
+                         "another --out leaves it alone")
+    return True
+
+
+def begin_run(folder: Path, settings: dict) -> None:
+    """Empty the folder and write config.json."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(folder / "config.json", settings)
 
 
 def run(config: Config) -> Path:
@@ -1021,10 +951,10 @@ def run(config: Config) -> Path:
     its folder. Raises InputError, which names what differs, if the folder holds a run with other settings."""
     domain, source, model, device = set_up(config)
     folder = Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
-    wanted = settings(config, domain, device)
+    settings, vectors, encoder = settings_of(config, domain, device), None, None
     with locked(folder):
-        made = {} if config.restart else earlier_settings(folder, wanted)
-        if made and (table := folder / TABLE).exists():  # the last file that a run writes
+        goes_on = not config.restart and same_run(folder, settings)
+        if goes_on and (table := folder / TABLE).exists():  # the last file that a run writes
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
             print(f"\n{folder} is finished since {when}; --restart repeats it\n\n{table.read_text('utf-8')}")
             return folder
@@ -1032,36 +962,16 @@ def run(config: Config) -> Path:
             encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
             if config.adapter:
                 load_adapter(encoder, config.adapter)
-            train_and_test = functools.partial(train_and_test_embedder, config, domain, encoder)
-        else:
-            vectors = read_vectors(Path(config.embeddings), domain, source) if config.embeddings else None
-            train_and_test = functools.partial(train_and_test_downstream, config, domain, vectors, device)
-        if not made:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            write_json(folder / "config.json", wanted)
-        table = train_and_test(folder)
-        write_text(folder / TABLE, table)
+        elif config.embeddings:
+            vectors = read_vectors(Path(config.embeddings), domain, source)
+        if not goes_on:
+            begin_run(folder, settings)
+        tables = (run_embedder(config, domain, encoder, folder) if encoder else
+                  run_downstream(config, domain, vectors, device, folder))
+        write_text(folder / TABLE, tables)
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    print(f"\n{table}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    print(f"\n{tables}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     return folder
-
-
-def earlier_settings(folder: Path, wanted: dict) -> dict:
-    """The settings of the run in `folder`, {} if there is none. Raises InputError if they are not those `wanted`, apart
-    from where things lie."""
-    try:
-        made = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError:
-        made = {}
-    differing = [f"{name} was {made.get(name)!r}, now {wanted[name]!r}" for name in wanted
-                 if made.get(name) != wanted[name] and name not in ("domain", "data_dir", "mirror", "out", "restart")]
-    if differing:
-        raise InputError(f"{folder} holds a run with other settings: {'; '.join(differing)}. --restart replaces it, "
-                         "another --out leaves it alone")
-    return made
 
 
 @contextlib.contextmanager
@@ -1083,99 +993,118 @@ def locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # if nothing was written
 
 
-def train_and_test_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
+def run_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
     """Train if the method does and no adapter was given, score the test split, write the results into `folder` and
     return their tables."""
-    method, rows, valid = METHODS[config.method], {}, None
+    method, rows = METHODS[config.method], {}
+    catalogue = [[item] for item in range(len(domain.item_ids))]
     test = make_evaluation(domain, "test", config.history, config.seed)
-    if not config.adapter and (method.contrast or method.topology):
+    trains = not config.adapter and (method.contrast or method.topology)
+    if trains:
         torch.manual_seed(config.seed)
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
                            config.checkpointing == "on")
-        valid = train(encoder, adapted, domain, config, folder)
+        lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
+        valid = train(encoder, lora, domain, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         with adapted.disable_adapter():
-            items = embed_items(encoder, method.modalities, domain)
-            rows["before training"] = hits_and_ndcg(evaluate(encoder, method.modalities, items, test)[0])
+            untrained = [encoder.embed(items, method.modalities)["fused"] for items in (test.histories, catalogue)]
+            rows["before training"] = hits_and_ndcg(test.rank(*untrained)[0])
     clock = time.perf_counter()
-    items = embed_items(encoder, method.modalities, domain)
+    e = encoder.embed(catalogue, method.modalities)
     print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
           f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
-    if not valid:
-        untrained = make_evaluation(domain, "valid", config.history, config.seed)
-        valid = hits_and_ndcg(evaluate(encoder, method.modalities, items, untrained)[0])
-    spaces = {name: items[name] for name in (*BOTH, "fused") if name in items}
+    if not trains:
+        valid = validate(encoder, method, domain, make_evaluation(domain, "valid", config.history, config.seed), 0)
+    spaces = {space: e[space] for space in (*BOTH, "fused") if space in e}
     safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
-    z = encoder.embed_fused(test.histories, method.modalities)
-    ranks = rank_users(z["fused"], items["fused"], test.targets, test.negatives, test.bought)
-    table = write_results(folder, config, domain, test, *ranks, valid, rows)
-    contact_sheet(folder / "recommendations.png", domain, test, z, items)
+    z = encoder.embed(test.histories, method.modalities)
+    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid, rows)
+    contact_sheet(folder / "recommendations.png", domain, test, z, e)
     if len(method.modalities) == 2:
-        table += "\n\n" + as_table({"N@10 of": queries(z, items, test)}) + "\n\n" + as_table(
-            {space: geometry(z[space], items[space], test.targets, test.negatives) for space in z})
-    return table
+        tables += "\n\n" + as_table({"N@10 of": queries(z, e, test)}) + "\n\n" + as_table(
+            {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z})
+    return tables
 
 
-def train_and_test_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str,
-                              folder: Path) -> str:
-    """train_and_test_embedder for a model of item ids or of given item vectors."""
+def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str, folder: Path) -> str:
+    """`run_embedder` for a model of item ids or of given item vectors."""
     test, valid = (make_evaluation(domain, split, config.history, config.seed) for split in ("test", "valid"))
-    if config.method != "mean-pool":
+    if config.method == "mean-pool":
+        means = [torch.stack([vectors[history].mean(dim=0) for history in split.histories]) for split in (test, valid)]
+        ranks, scores = test.rank(means[0], vectors), hits_and_ndcg(valid.rank(means[1], vectors)[0])
+    else:
         model, scores = train_downstream(config.method, domain, valid, vectors, device, config.seed, config.history,
                                          config.train_users)
-        return write_results(folder, config, domain, test, *model.rank(test), scores, {})
-    ranks = [rank_users(torch.stack([vectors[history].mean(dim=0) for history in split.histories]), vectors,
-                        split.targets, split.negatives, split.bought) for split in (test, valid)]
-    return write_results(folder, config, domain, test, *ranks[0], hits_and_ndcg(ranks[1][0]), {})
+        ranks = model.rank(test)
+    return write_results(folder, config, domain, test, *ranks, scores, {})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The paper's evidence: tables over methods and seeds (Tables 2, 5), modality collapse (Section 3), downstream models
-# (Table 4), other embeddings, cold start (Fig. 3)
-# ----------------------------------------------------------------------------------------------------------------------
-
-def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
-    """Item vectors (N, D), float32, from .safetensors (its tensor "fused", or the only one) or .npy. They stand in the
-    order of the metadata's item_ids or else of items.csv in `folder`. Raises InputError if they do not fit."""
-    try:
-        if path.suffix == ".npy":
-            tensor, ids = torch.from_numpy(numpy.load(path, allow_pickle=False)), None
-        else:
-            with safetensors.safe_open(path, "pt") as file:
-                name, *others = sorted(file.keys(), key=lambda name: name != "fused")
-                if others and name != "fused":
-                    raise ValueError(f"none of its tensors {', '.join([name, *others])} is called fused")
-                tensor, ids = file.get_tensor(name), json.loads((file.metadata() or {}).get("item_ids", "null"))
-        place = {item: row for row, item in enumerate(ids or data.read_items(folder))}
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file has many ways to fail
-        raise InputError(f"--embeddings {path} cannot be read: {' '.join(str(error).split())[:300]}; give a "
-                         ".safetensors or .npy file") from None
-    if tensor.ndim != 2 or len(tensor) != len(place):
-        raise InputError(f"--embeddings {path} has the shape {tuple(tensor.shape)}; one row for each of the "
-                         f"{len(place)} items is needed, in the order of "
-                         f"{'its item_ids' if ids else folder / 'items.csv'}")
-    if lacking := [item for item in domain.item_ids if item not in place]:
-        raise InputError(f"--embeddings {path} has no vector for item {lacking[0]!r}: is it of another domain?")
-    tensor = tensor[[place[item] for item in domain.item_ids]].float()
-    if not tensor.isfinite().all():
-        raise InputError(f"--embeddings {path} holds values that are not finite")
-    return tensor
+def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
+                  full: torch.Tensor, valid: dict, rows: dict[str, dict]) -> str:
+    """Write ranks.csv and metrics.json, as README.md describes them; return the tables, `rows` among them."""
+    lines = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"] for user, item, rank,
+             rank_full in zip(test.users, test.targets.tolist(), ranks.tolist(), full.tolist())]
+    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], lines)
+    untied, name = ~torch.tensor(domain.tied), run_name(config)
+    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
+              "test_untied": hits_and_ndcg(ranks[untied])}
+    write_json(folder / "metrics.json", {
+        "domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
+        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid})
+    return as_table({"chance": chance(), "popularity": popularity(domain, test)} | rows | {
+        name: scores["test"],
+        f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
+        f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"]}, "test") + "\n\n" + as_table(
+        by_frequency(domain, test, ranks))
 
 
-def load_adapter(encoder: Encoder, folder: str) -> None:
-    """Put a trained adapter into the encoder. Raises InputError if there is none or it is of another model."""
-    try:
-        if not Path(folder, "adapter_config.json").exists():
-            raise ValueError("there is no adapter_config.json in it")
-        peft.PeftModel.from_pretrained(encoder.vlm, folder)
-    except (ValueError, KeyError, RuntimeError, OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"--adapter {folder} does not fit: {' '.join(str(error).split())[:300]}; give the folder "
-                         "adapter/ of a run with the same --model") from None
+def chance() -> dict[str, float]:
+    """What a random order of the target and the negatives scores on average."""
+    return hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2))
 
 
-def two_sided_p(t: float, df: int) -> float:
+def training_counts(domain: Domain) -> torch.Tensor:
+    """(N,) how many users have each item before their validation target."""
+    items = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
+    return items.bincount(minlength=len(domain.item_ids)).float()
+
+
+def popularity(domain: Domain, test: Evaluation) -> dict[str, float]:
+    """What it scores to rank by the number of interactions before the validation target."""
+    count = training_counts(domain)
+    return hits_and_ndcg(target_rank(count[test.targets], count[test.negatives]))
+
+
+def format_scores(scores: dict[str, float | None]) -> str:
+    """H@10 .1234  N@10 .0678 ..."""
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items())
+
+
+def as_table(rows: dict[str, dict], title: str = "") -> str:
+    """Named rows of scores as Markdown; a score that does not exist is a dash."""
+    columns = list(next(iter(rows.values())))
+    text = lambda value: "-" if value is None else f"{value:.4f}"
+    lines = [[title, *columns], ["---"] * (1 + len(columns)),
+             *([name, *(text(scores[column]) for column in columns)] for name, scores in rows.items())]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write lines of UTF-8, which appear when they are whole."""
+    with data.whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write readable JSON, which appears when it is whole."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+# The paper's evidence: tables over methods and seeds (Tables 2, 5), modality collapse (Section 3), cold start (Fig. 3),
+# item vectors of others and downstream models (Table 4) ---------------------------------------------------------------
+
+def student_t_p(t: float, df: int) -> float:
     """P(|T| > t) of Student's t with df degrees of freedom, exact (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
     theta, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
     term, total = math.cos(theta) if odd else 1.0, 0.0
@@ -1193,38 +1122,40 @@ def paired_t_test(a: list[float], b: list[float]) -> float:
     mean, spread = statistics.mean(differences), statistics.stdev(differences)
     if spread == 0:
         return 1.0 if mean == 0 else 0.0
-    return two_sided_p(mean / spread * math.sqrt(len(a)), len(a) - 1)
+    return student_t_p(mean / spread * math.sqrt(len(a)), len(a) - 1)
 
 
-def reference(runs: dict[str, list[Path]]) -> str:
+def read_scores(runs: dict[str, list[Path]], part: str = "test") -> dict[str, dict[str, list[float]]]:
+    """{method: {metric: a value for each seed}} from a part of the runs' metrics.json."""
+    scores = {method: [json.loads((folder / "metrics.json").read_text("utf-8"))[part] for folder in folders]
+              for method, folders in runs.items()}
+    return {method: {metric: [row[metric] for row in rows] for metric in chance()} for method, rows in scores.items()}
+
+
+def reference(scores: dict[str, dict[str, list[float]]]) -> str:
     """The method that a table compares with the others: vlm2rec or, without it, the one with the best N@10."""
-    return "vlm2rec" if "vlm2rec" in runs else max(runs, key=lambda method: statistics.mean(
-        score["N@10"] for score in read_scores(runs[method])))
-
-
-def read_scores(folders: list[Path], part: str = "test") -> list[dict[str, float]]:
-    """A part of each run's metrics.json."""
-    return [json.loads((folder / "metrics.json").read_text("utf-8"))[part] for folder in folders]
+    return "vlm2rec" if "vlm2rec" in scores else max(scores, key=lambda method: statistics.mean(scores[method]["N@10"]))
 
 
 def comparison(runs: dict[str, list[Path]], part: str = "test") -> str:
     """Several methods over the same seeds, as Markdown: mean ± standard deviation (ddof 1), the best of a column in
     bold, the second underlined, a star where the reference (see there) differs from the best other method with p < .05
     in a paired t-test over the seeds."""
-    scores, ours = {method: read_scores(folders, part) for method, folders in runs.items()}, reference(runs)
-    cells = {method: [] for method in runs}
-    for name in chance():
-        values = {method: [score[name] for score in rows] for method, rows in scores.items()}
-        ranked = sorted(values, key=lambda method: -statistics.mean(values[method]))
-        rival = next((method for method in ranked if method != ours), None)
-        for method, row in values.items():
-            text = f"{statistics.mean(row):.4f}" + (f" ± {statistics.stdev(row):.4f}" if len(row) > 1 else "")
+    scores = read_scores(runs, part)
+    ours, cells = reference(read_scores(runs)), {method: [] for method in runs}
+    for metric in chance():
+        ranked = sorted(runs, key=lambda method: -statistics.mean(scores[method][metric]))
+        rivals = [method for method in ranked if method != ours]
+        for method in runs:
+            values = scores[method][metric]
+            text = f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
             text = text.join({0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", "")))
-            if method == ours and rival and paired_t_test(row, values[rival]) < 0.05:
+            if method == ours and rivals and paired_t_test(values, scores[rivals[0]][metric]) < 0.05:
                 text += " *"
             cells[method].append(text)
-    lines = [f"| {part}, {seed_range(runs)} | " + " | ".join(chance()) + " |", "|" + "---|" * (1 + len(chance()))]
-    return "\n".join(lines + [f"| {method} | " + " | ".join(row) + " |" for method, row in cells.items()])
+    lines = [[f"{part}, {seed_range(runs)}", *chance()], ["---"] * 5]
+    lines += [[method, *row] for method, row in cells.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def seed_range(runs: dict[str, list[Path]]) -> str:
@@ -1245,9 +1176,8 @@ def user_gains(folders: list[Path]) -> dict[str, float]:
 def differences(runs: dict[str, list[Path]]) -> str:
     """The reference against each other method, in N@10: the mean difference per user with its standard error, and p in
     paired t-tests over the users and over the seeds."""
-    ours, lines = reference(runs), []
-    gains = {method: user_gains(folders) for method, folders in runs.items()}
-    seeds = {method: [score["N@10"] for score in read_scores(folders)] for method, folders in runs.items()}
+    scores, lines = read_scores(runs), []
+    ours, gains = reference(scores), {method: user_gains(folders) for method, folders in runs.items()}
     for method in (method for method in runs if method != ours):
         difference = [gain - gains[method][user] for user, gain in gains[ours].items()]
         error = statistics.stdev(difference) / math.sqrt(len(difference))
@@ -1255,7 +1185,8 @@ def differences(runs: dict[str, list[Path]]) -> str:
         p = max(paired_t_test(difference, [0.0] * len(difference)), 1e-9)  # smaller ones are rounding
         lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(difference):+.4f} ± {error:.4f} "
                      f"(standard error, {len(difference):,} users), better for {better:.0%}, worse for {worse:.0%}; "
-                     f"p = {p:.1g} over the users, {paired_t_test(seeds[ours], seeds[method]):.2g} over the seeds")
+                     f"p = {p:.1g} over the users, "
+                     f"{paired_t_test(scores[ours]['N@10'], scores[method]['N@10']):.2g} over the seeds")
     return "\n".join(lines).replace("p = 1e-09", "p < 1e-9").replace(", nan over the seeds", "")
 
 
@@ -1273,28 +1204,26 @@ def queries(z: dict, e: dict, test: Evaluation) -> dict[str, float]:
     by itself (t2t, v2v)."""
     pairs = {"f2f": ("fused", "fused"), "t2f": ("text", "fused"), "v2f": ("vision", "fused"),
              "t2t": ("text", "text"), "v2v": ("vision", "vision")}
-    rank = lambda query, item: rank_users(z[query], e[item], test.targets, test.negatives, test.bought)[0]
-    return {name: hits_and_ndcg(rank(query, item))["N@10"] for name, (query, item) in pairs.items()}
+    return {name: hits_and_ndcg(test.rank(z[query], e[item])[0])["N@10"] for name, (query, item) in pairs.items()}
 
 
-def geometry(z: torch.Tensor, e: torch.Tensor, targets: list[int], negatives: torch.Tensor) -> dict[str, float]:
+def geometry(z: torch.Tensor, e: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor) -> dict[str, float]:
     """A_pos, A_neg, U and S of a space on unit vectors (Table 1, Eqs. 4, 5).
 
     Args:
-        z: (U, D) users; e: (N, D) items; targets: U items; negatives: (U, 100) items, the sampler P_n.
+        z: (U, D) users; e: (N, D) items; targets: (U,) items; negatives: (U, 100) items, the sampler P_n.
     Returns:
         Mean squared distances to the target and to the negatives, the logarithm of the mean of exp(-2 distance^2) over
         all pairs of a user and an item (P_u), and A_neg / A_pos.
     """
-    positive, negative, near = [], [], []
-    for start in range(0, len(z), 1024):
-        part = slice(start, start + 1024)
-        distance = 2 - 2 * cosine(z[part], e)                                                  # squared, (chunk, N)
-        positive.append(distance.gather(1, torch.tensor(targets[part])[:, None]).flatten())
-        negative.append(distance.gather(1, negatives[part]).mean(dim=1))
-        near.append((-2 * distance).exp().mean(dim=1))
-    a_pos, a_neg, uniformity = (torch.cat(values).mean().item() for values in (positive, negative, near))
-    return {"A_pos": a_pos, "A_neg": a_neg, "U": math.log(uniformity), "S": a_neg / (a_pos + 1e-12)}
+    parts = []
+    for rows in torch.arange(len(z)).split(1024):
+        distance = 2 - 2 * cosine(z[rows], e)                                                  # squared, (1024, N)
+        parts.append(torch.stack([distance.gather(1, targets[rows, None]).squeeze(1),
+                                  distance.gather(1, negatives[rows]).mean(dim=1),
+                                  (-2 * distance).exp().mean(dim=1)]))
+    a_pos, a_neg, near = torch.cat(parts, dim=1).mean(dim=1).tolist()
+    return {"A_pos": a_pos, "A_neg": a_neg, "U": math.log(near), "S": a_neg / (a_pos + 1e-12)}
 
 
 def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
@@ -1304,29 +1233,48 @@ def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha
     for layer in encoder.vlm.modules():  # eval() would switch checkpointing off too
         if isinstance(layer, torch.nn.Dropout):
             layer.eval()
-    lora = [weight for weight in encoder.vlm.parameters() if weight.requires_grad]
-
-    def gradient(of: Method) -> torch.Tensor:
+    lora, gradients = [weight for weight in encoder.vlm.parameters() if weight.requires_grad], []
+    for of in (method, *(METHODS[modality] for modality in BOTH)):
         loss, _ = batch_loss(encoder, of, batch, alpha, beta, tau, tau_crtr, lam)
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, lora)])
-    total = gradient(method)
-    cosines = {f"cos_{modality}": torch.cosine_similarity(total, gradient(METHODS[modality]), dim=0).item()
-               for modality in BOTH}
+        gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, lora)]))
     encoder.vlm.train()
-    return cosines
+    total, *alone = gradients
+    return {f"cos_{modality}": torch.cosine_similarity(total, gradient, dim=0).item()
+            for modality, gradient in zip(BOTH, alone)}
 
 
 def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[str, dict]:
     """H@k and N@k by how often the target occurs in the training split: all but the last two items of each user, also
     of those who were not trained on (Fig. 3)."""
-    often = training_counts(domain)[test.targets]
-    edges = [(0, 4), (5, 9), (10, 19), (20, None)]
-    rows = {}
-    for low, high in edges:
-        these = (often >= low) & (often <= (high or often.max()))
-        rows[f"targets seen {low}{f' to {high}' if high else ' times or more'} ({int(these.sum()):,} users)"] = (
-            hits_and_ndcg(ranks[these]))
+    often, rows = training_counts(domain)[test.targets], {}
+    for low, high, words in ((0, 4, "0 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 1e9, "20 times or more")):
+        inside = (often >= low) & (often <= high)
+        rows[f"targets seen {words} ({int(inside.sum()):,} users)"] = hits_and_ndcg(ranks[inside])
     return rows
+
+
+def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
+    """Item vectors (N, D), float32, from .safetensors (its tensor "fused", or the only one) or .npy. They stand in the
+    order of the metadata's item_ids or else of items.csv in `folder`. Raises InputError if they do not fit."""
+    with readable(f"--embeddings {path} cannot be read", "give a .safetensors or .npy file"):
+        if path.suffix == ".npy":
+            tensor, ids = torch.from_numpy(numpy.load(path, allow_pickle=False)), None
+        else:
+            with safetensors.safe_open(path, "pt") as file:
+                names, ids = list(file.keys()), json.loads((file.metadata() or {}).get("item_ids", "null"))
+                if len(names) > 1 and "fused" not in names:
+                    raise ValueError(f"none of its tensors {', '.join(sorted(names))} is called fused")
+                tensor = file.get_tensor("fused" if "fused" in names else names[0])
+        place = {item: row for row, item in enumerate(ids or data.read_items(folder))}
+        if tensor.ndim != 2 or len(tensor) != len(place):
+            raise ValueError(f"it has the shape {tuple(tensor.shape)}; one row for each of the {len(place)} items is "
+                             f"needed, in the order of {'its item_ids' if ids else folder / 'items.csv'}")
+        if lacking := [item for item in domain.item_ids if item not in place]:
+            raise ValueError(f"it has no vector for item {lacking[0]!r}: is it of another domain?")
+        tensor = tensor[[place[item] for item in domain.item_ids]].float()
+        if not tensor.isfinite().all():
+            raise ValueError("it holds values that are not finite")
+    return tensor
 
 
 class SequenceRecommender(torch.nn.Module):
@@ -1367,11 +1315,11 @@ class SequenceRecommender(torch.nn.Module):
 
     @torch.no_grad()
     def rank(self, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both ranks of a split's targets, as rank_users gives them, by inner product."""
+        """Both ranks of a split's targets (see Evaluation.rank), by inner product."""
         self.eval()
         states = self(pad(evaluation.histories, 0).to(self.table.weight.device))
         z = last_token(states, torch.tensor([len(history) - 1 for history in evaluation.histories])).cpu()
-        return rank_users(z, self.items().cpu(), evaluation.targets, evaluation.negatives, evaluation.bought, dot=True)
+        return evaluation.rank(z, self.items().cpu(), dot=True)
 
 
 def train_downstream(kind: str, domain: Domain, valid: Evaluation, vectors: torch.Tensor | None, device: str,
@@ -1408,17 +1356,17 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
                   side: int = 72) -> None:
     """A picture of recommendations: for some users the latest items of the history and the one bought next, then the
     top five of each space among all items that the user did not buy before; a hit is framed."""
-    font, rows = PIL.ImageFont.load_default(11), []
-    for row in range(0, len(test.users), max(1, len(test.users) // users))[:users]:
-        rows.append(("history", test.histories[row][-5:], None))
-        rows.append(("bought next", [test.targets[row]], None))
+    rows = []
+    for user in range(0, len(test.users), max(1, len(test.users) // users))[:users]:
+        target = int(test.targets[user])
+        rows += [("history", test.histories[user][-5:], None), ("bought next", [target], None)]
         for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
-            scores = cosine(z[space][row:row + 1], e[space])[0]
-            scores[[item for item in test.bought[row] if item != test.targets[row]]] = -torch.inf
-            rows.append((f"top 5, {space}", scores.topk(5).indices.tolist(), test.targets[row]))
-    height = side + 30
-    sheet = PIL.Image.new("RGB", (110 + 5 * (side + 60), height * len(rows)), "white")
-    draw = PIL.ImageDraw.Draw(sheet)
+            scores = cosine(z[space][user:user + 1], e[space])[0]
+            scores[[item for item in test.sequences[user] if item != target]] = -torch.inf
+            rows.append((f"top 5, {space}", scores.topk(5).indices.tolist(), target))
+    font, height = ImageFont.load_default(11), side + 30
+    sheet = Image.new("RGB", (110 + 5 * (side + 60), height * len(rows)), "white")
+    draw = ImageDraw.Draw(sheet)
     for y, (name, items, target) in enumerate(rows):
         draw.text((6, y * height + side // 2), name, "black", font)
         if name == "history":
@@ -1434,9 +1382,7 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
         sheet.save(partial, "PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The command
-# ----------------------------------------------------------------------------------------------------------------------
+# The command ----------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake that the message tells how to mend, 1 for a run that diverged, 130 for Ctrl-C."""
@@ -1450,23 +1396,21 @@ def main(argv: list[str] | None = None) -> int:
             runs.setdefault(run_name(config), []).append(run(config))
         if len(configs) > 1:
             write_comparison(runs)
+        return 0
     except (InputError, OSError, safetensors.SafetensorError) as error:
-        message, code = str(error), 2
+        message, code = f"error: {error}", 2
     except (RuntimeError, MemoryError) as error:
         on_gpu = isinstance(error, torch.OutOfMemoryError)
         if not (on_gpu or isinstance(error, MemoryError) or "allocate memory" in str(error)):
             raise
-        peak = peak_gib("cuda" if on_gpu else "cpu")
-        message, code = (f"out of memory, at a peak of {peak:.1f} GiB; these need less: --checkpointing on (no other "
-                         "results), a smaller --image-size (less of each picture), a shorter --history (less of each "
-                         "user), a smaller --batch (fewer negatives)"), 2
+        message, code = (f"error: out of memory, at a peak of {peak_gib('cuda' if on_gpu else 'cpu'):.1f} GiB; these "
+                         "need less: --checkpointing on (no other results), a smaller --image-size (less of each "
+                         "picture), a shorter --history (less of each user), a smaller --batch (fewer negatives)"), 2
     except FloatingPointError as error:
-        message, code = f"{error}; the last good checkpoint stays", 1
+        message, code = f"error: {error}; the last good checkpoint stays", 1
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on", 130
-    else:
-        return 0
-    print(f"error: {message}" if code != 130 else f"\n{message}", file=sys.stderr)
+        message, code = "\nstopped; the same command goes on", 130
+    print(message, file=sys.stderr)
     return code
 
 
