@@ -182,15 +182,6 @@ def test_cosine_margin_and_weight_equal_the_loops(batch):
     assert weight[-1].item() == pytest.approx(1 + 0.7 * math.log(2))  # and there Eq. 9 gives 1 + beta * ln 2, not 1
 
 
-def test_without_beta_wpcl_is_infonce(batch):
-    tensors, negatives = batch
-    sim = vlm2rec.cosine(tensors["z_text"], tensors["e_text"])
-    for beta, tolerance in ((1e-3, 1e-2), (1e-9, 1e-8), (0.0, 1e-15)):
-        weight = vlm2rec.penalty_weight(torch.ones(B), tensors["alpha"], torch.tensor(beta))
-        difference = vlm2rec.wpcl(sim, negatives, weight, TAU) - vlm2rec.info_nce(sim, negatives, TAU)
-        assert abs(difference.item()) <= tolerance
-
-
 def test_the_gap_pulls_up_the_weak_modality_and_leaves_the_strong_one_alone():
     """Eq. 8: user 0 has strong text, user 1 strong vision."""
     text, vision = torch.tensor([0.9, 0.1], requires_grad=True), torch.tensor([0.2, 0.6], requires_grad=True)
@@ -228,11 +219,10 @@ def test_negative_mask_by_hand():
 
 
 def test_users_without_negatives_add_no_loss_and_no_gradient():
-    sim = torch.rand(2, 2, requires_grad=True)
-    nobody = torch.zeros(2, 2, dtype=torch.bool)
-    loss = vlm2rec.info_nce(sim, nobody, 0.1) + vlm2rec.wpcl(sim, nobody, torch.tensor([2.0, 3.0]), 0.1)
+    sim, weight = torch.rand(2, 2, requires_grad=True), torch.tensor([2.0, 3.0], requires_grad=True)
+    loss = vlm2rec.info_nce(sim, torch.zeros(2, 2, dtype=torch.bool), weight, 0.1)
     loss.backward()
-    assert loss.item() == 0 and sim.grad.abs().sum() == 0
+    assert loss.item() == 0 and sim.grad.abs().sum() == 0 and weight.grad.abs().sum() == 0
 
 
 def test_alpha_and_beta_start_at_1_and_only_ever_fall():
@@ -244,7 +234,7 @@ def test_alpha_and_beta_start_at_1_and_only_ever_fall():
         before = torch.stack(penalty()).detach()
         sim = torch.rand(B, B)
         weight = vlm2rec.penalty_weight(torch.rand(B), *penalty())
-        vlm2rec.wpcl(sim, ~torch.eye(B, dtype=torch.bool), weight, 0.1).backward()
+        vlm2rec.info_nce(sim, ~torch.eye(B, dtype=torch.bool), weight, 0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
         after = torch.stack(penalty()).detach()
@@ -254,11 +244,10 @@ def test_alpha_and_beta_start_at_1_and_only_ever_fall():
 CASES = {  # every function that a reader may want to copy, with arguments
     "cosine": (torch.rand(3, 4), torch.rand(2, 4)),
     "negative_mask": (torch.tensor([1, 2]), torch.tensor([[3], [4]])),
-    "info_nce": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), 0.1),
+    "info_nce": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), torch.tensor([1.0, 2.0]), 0.1),
     "discriminative_margin": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool)),
     "modality_gap": (torch.rand(3), torch.rand(3)),
     "penalty_weight": (torch.rand(3), torch.tensor(1.0), torch.tensor(1.0)),
-    "wpcl": (torch.rand(2, 2), ~torch.eye(2, dtype=torch.bool), torch.tensor([1.0, 2.0]), 0.1),
     "relational_topology": (torch.rand(2, 2), torch.rand(2, 2), 0.1),
     "last_token": (torch.rand(2, 5, 3), torch.tensor([4, 1])),
     "target_rank": (torch.rand(3), torch.rand(3, 5)),
@@ -282,8 +271,13 @@ def test_each_piece_runs_when_pasted_alone_beside_torch(name):
 def test_ranks_by_hand_with_ties_in_the_middle():
     others = torch.tensor([[0.9, 0.3, 0.1], [0.5, 0.5, 0.1], [0.5, 0.5, 0.5]])
     assert vlm2rec.target_rank(torch.tensor([0.5, 0.5, 0.5]), others).tolist() == [2, 2, 2.5]
-    competes = torch.tensor([[False, True, True]] * 3)  # the first candidate is out
-    assert vlm2rec.target_rank(torch.tensor([0.5, 0.5, 0.5]), others, competes).tolist() == [1, 1.5, 2]
+    others[:, 0] = -math.inf  # the first candidate is out
+    assert vlm2rec.target_rank(torch.tensor([0.5, 0.5, 0.5]), others).tolist() == [1, 1.5, 2]
+    for bad in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError):
+            vlm2rec.target_rank(torch.tensor([0.5]), torch.tensor([[0.1, bad, 0.2]]))
+        with pytest.raises(FloatingPointError):
+            vlm2rec.target_rank(torch.tensor([0.5, bad]), torch.zeros(2, 3))
 
 
 def test_hits_and_ndcg_by_hand():
@@ -1149,14 +1143,21 @@ def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
 # The paper's evidence
 # ----------------------------------------------------------------------------------------------------------------------
 
-def test_students_t_by_the_tables_and_by_its_closed_forms():
+def test_the_paired_t_test_by_the_tables_and_by_its_closed_form():
+    """The differences d have the mean t * sd / sqrt(n), so that t is the statistic."""
+    def p(t, df):
+        d = torch.arange(df + 1.0, dtype=torch.float64)
+        d = (d - d.mean()) / d.std() + t / math.sqrt(df + 1)
+        return vlm2rec.paired_t_test(d.tolist(), [0.0] * (df + 1))
     for t, df in ((12.706, 1), (4.303, 2), (3.182, 3), (2.776, 4), (2.571, 5), (2.228, 10), (2.042, 30), (1.962, 1000)):
-        assert vlm2rec.student_t_p(t, df) == vlm2rec.student_t_p(-t, df) == pytest.approx(0.05, abs=1e-4)
-    for t in (0.0, 0.5, 1.0, 3.0):
+        assert p(t, df) == pytest.approx(p(-t, df)) == pytest.approx(0.05, abs=1e-4)
+    for t in (0.5, 1.0, 3.0):
         u = t / math.sqrt(1 + t * t / 4)
-        assert vlm2rec.student_t_p(t, 4) == pytest.approx(2 * (1 - (1 / 2 + 3 / 8 * u * (1 - u * u / 12))))
-        assert vlm2rec.student_t_p(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+        assert p(t, 4) == pytest.approx(2 * (1 - (1 / 2 + 3 / 8 * u * (1 - u * u / 12))))
     assert vlm2rec.paired_t_test([1, 2, 3], [1, 2, 3]) == 1 and math.isnan(vlm2rec.paired_t_test([1], [2]))
+    assert vlm2rec.paired_t_test([2, 3], [1, 2]) == 0                          # equal differences that are not 0
+    # differences 1 and 3: mean 2, standard deviation sqrt(2), t = 2, one degree of freedom: p = 1 - 2/pi * atan(2)
+    assert vlm2rec.paired_t_test([2, 5], [1, 2]) == pytest.approx(1 - 2 / math.pi * math.atan(2))
     # differences 1, 2, 3: mean 2, standard deviation 1, t = 2 * sqrt(3), p = 1 - t / sqrt(2 + t^2)
     assert vlm2rec.paired_t_test([2, 4, 6], [1, 2, 3]) == pytest.approx(1 - math.sqrt(12 / 14))
 

@@ -67,6 +67,7 @@ import warnings
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence
 
+import mpmath
 import numpy
 import peft
 import PIL
@@ -285,11 +286,12 @@ def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     return ~(owned[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
 
 
-def info_nce(sim: torch.Tensor, mask: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_SFT (Eq. 3), as a mean over the batch; a user without a negative adds 0."""
-    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-    logits = (sim / tau).masked_fill(~(positive | mask), -torch.inf)
-    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
+def info_nce(sim: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
+    """L_WPCL (Eq. 10) or, with weights (B,) of 1, L_SFT (Eq. 3): InfoNCE whose negatives count `weight` times, as a mean
+    over the batch; a user without a negative adds 0."""
+    log_weight = torch.where(mask, weight.log()[:, None], -torch.inf)         # w * exp(x) = exp(x + log w)
+    logits = sim / tau + log_weight.fill_diagonal_(0)
+    return torch.nn.functional.cross_entropy(logits, torch.arange(len(sim), device=sim.device))
 
 
 def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -316,23 +318,13 @@ def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -
     return 1 + beta * torch.nn.functional.softplus(alpha * gap)
 
 
-def wpcl(sim: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_WPCL (Eq. 10) of the fused embeddings, as a mean over the batch: InfoNCE whose negatives count w_u,pen times,
-    `weight` (B,); a user without a negative adds 0."""
-    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
-    logits = sim / tau + torch.where(positive, 0.0, weight.log()[:, None])  # w * exp(x) = exp(x + log w)
-    logits = logits.masked_fill(~(positive | mask), -torch.inf)
-    return (logits.logsumexp(dim=1) - logits.diagonal()).mean()
-
-
 def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
     """L_CRTR (Eqs. 11-13): for each user, both modalities should rank the batch's targets alike. The mean over the
     batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a row of sim_m / tau."""
     log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
-    kl = torch.nn.functional.kl_div                       # kl(log q, log p) is KL(p || q)
-    return (kl(log_p_vision, log_p_text, reduction="batchmean", log_target=True)
-            + kl(log_p_text, log_p_vision, reduction="batchmean", log_target=True)) / 2
+    both_kl = (log_p_text.exp() - log_p_vision.exp()) * (log_p_text - log_p_vision)
+    return both_kl.sum(dim=1).mean() / 2
 
 
 def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
@@ -340,16 +332,14 @@ def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch
     """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it (Table 5), from the embeddings z of the users'
     histories and e of their targets, {"text", "vision", "fused"}: (B, D). Returns it and, for the log, its terms."""
     sim = {space: cosine(z[space], e[space]) for space in z}
-    terms, loss = {}, 0.0
+    weight, terms, loss = torch.ones_like(sim["fused"][0]), {}, 0.0
     if method.contrast == "wpcl":
         margins = [discriminative_margin(sim[modality], mask) for modality in BOTH]
         gap = modality_gap(*margins, method.stop_gradient)
         weight = penalty_weight(gap, alpha, beta)
-        terms |= {"wpcl": wpcl(sim["fused"], mask, weight, tau), "gap": gap.mean(), "weight": weight.mean(),
-                  "alpha": alpha, "beta": beta}
-        loss = terms["wpcl"]
-    elif method.contrast == "infonce":
-        loss = terms["infonce"] = info_nce(sim["fused"], mask, tau)
+        terms = {"gap": gap.mean(), "weight": weight.mean(), "alpha": alpha, "beta": beta}
+    if method.contrast:
+        loss = terms[method.contrast] = info_nce(sim["fused"], mask, weight, tau)
     if method.topology:
         terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
         loss = loss + lam * terms["crtr"]
@@ -460,22 +450,17 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
 
 # Evaluation (Section 5.1.3): leave-one-out, 100 negatives -------------------------------------------------------------
 
-def target_rank(target: torch.Tensor, others: torch.Tensor, competes: torch.Tensor | None = None) -> torch.Tensor:
-    """The target's rank among others, 1 is best; a tie counts half, so that a constant score is a middling one.
+def target_rank(target: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """The target's rank (U,) among others, 1 is best; a tie counts half, so that a constant score is a middling one.
 
     Args:
         target: (U,) scores of the targets, float32.
-        others: (U, C) scores of the other candidates.
-        competes: (U, C) bool, which of the others count; all, if None.
-    Returns:
-        (U,) ranks. Raises FloatingPointError if a score is not finite: NaN must not pass for a hit.
+        others: (U, C) scores of the other candidates; -inf does not compete.
+    Raises FloatingPointError if a score is NaN or infinite: it must not pass for a hit.
     """
-    if not (target.isfinite().all() and others.isfinite().all()):
+    if not (target.isfinite().all() and (others < torch.inf).all()):
         raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
-    better, tied = others > target[:, None], others == target[:, None]
-    if competes is not None:
-        better, tied = better & competes, tied & competes
-    return 1 + better.sum(dim=1) + tied.sum(dim=1) / 2
+    return 1 + (others > target[:, None]).sum(dim=1) + (others == target[:, None]).sum(dim=1) / 2
 
 
 def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
@@ -508,10 +493,9 @@ class Evaluation(NamedTuple):
             scores = z[rows] @ e.T if dot else cosine(z[rows], e)                                  # (1024, N)
             target = scores.gather(1, self.targets[rows, None]).squeeze(1)                         # (1024,)
             ranks.append(target_rank(target, scores.gather(1, self.negatives[rows])))
-            competes = torch.ones_like(scores, dtype=torch.bool)
             for row, user in enumerate(rows.tolist()):
-                competes[row, self.sequences[user]] = False
-            full.append(target_rank(target, scores, competes))
+                scores[row, self.sequences[user]] = -torch.inf
+            full.append(target_rank(target, scores))
         return torch.cat(ranks), torch.cat(full)
 
 
@@ -1104,25 +1088,16 @@ def write_json(path: Path, content: dict) -> None:
 # The paper's evidence: tables over methods and seeds (Tables 2, 5), modality collapse (Section 3), cold start (Fig. 3),
 # item vectors of others and downstream models (Table 4) ---------------------------------------------------------------
 
-def student_t_p(t: float, df: int) -> float:
-    """P(|T| > t) of Student's t with df degrees of freedom, exact (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    theta, odd = math.atan2(abs(t), math.sqrt(df)), df % 2
-    term, total = math.cos(theta) if odd else 1.0, 0.0
-    for n in range(2 + odd, df + 1, 2):
-        total, term = total + term, term * (n - 1) / n * math.cos(theta) ** 2
-    inside = 2 / math.pi * (theta + math.sin(theta) * total) if odd else math.sin(theta) * total
-    return max(0.0, 1 - inside)
-
-
 def paired_t_test(a: list[float], b: list[float]) -> float:
     """The two-sided p of a paired t-test; NaN for fewer than two pairs, 1 if no pair differs."""
     if len(a) < 2:
         return math.nan
-    differences = [x - y for x, y in zip(a, b)]
-    mean, spread = statistics.mean(differences), statistics.stdev(differences)
-    if spread == 0:
+    differences, df = [x - y for x, y in zip(a, b)], len(a) - 1
+    mean, variance = statistics.mean(differences), statistics.variance(differences)
+    if variance == 0:
         return 1.0 if mean == 0 else 0.0
-    return student_t_p(mean / spread * math.sqrt(len(a)), len(a) - 1)
+    t_squared = mean**2 / variance * len(a)
+    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t_squared), regularized=True))
 
 
 def read_scores(runs: dict[str, list[Path]], part: str = "test") -> dict[str, dict[str, list[float]]]:
