@@ -7,16 +7,12 @@ A domain is a folder. Whoever writes these three things has one:
     interactions.csv   user_id,item_id,timestamp   in any order; the timestamp is a number that grows with time
     images/...
 
-Below the reader stand the producers: the sample world, which writes such a folder, and the tiny model, which writes an
-ordinary Qwen2.5-VL checkpoint folder. Nothing that reads either can tell it from the real thing.
+Below the reader stand the producers: the sample world, which writes such a folder, the tiny model, which writes an
+ordinary Qwen2.5-VL checkpoint folder, and Amazon 2014. Nothing that reads them can tell one from the other.
 """
-from __future__ import annotations
-
 import argparse
 import ast
-import collections
 import colorsys
-import concurrent.futures
 import contextlib
 import csv
 import gzip
@@ -32,18 +28,20 @@ import re
 import shutil
 import sys
 import tempfile
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
-import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 CORE = 5                    # every user and every item has at least so many interactions (Section 5.1.1)
 NEGATIVES = 100             # ranked beside the target (Section 5.1.3)
@@ -75,32 +73,28 @@ class Domain:
     digest: str                  # of all of the above and of the bytes of the pictures
 
 
-def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple]:
-    """Yield (line number, value of each of `columns`) per row of an RFC 4180 file; further columns are ignored.
-
-    Raises InputError, with file and line, for a file that is missing, empty, not UTF-8 or not well-formed.
-    """
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Yield ("path, line number", the value of each of `columns`) per row of an RFC 4180 file. Raises InputError, with
+    file and line, for a file that is missing, empty, not UTF-8 or not well-formed."""
+    names = ",".join(columns)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
             header = next(rows, [])
             for name in columns:
                 if header.count(name) != 1:
-                    raise InputError(f"{path}, line 1: {'more than one' if name in header else 'no'} column {name}; "
-                                     f"the header has to name {','.join(columns)}")
-            where = [header.index(name) for name in columns]
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise InputError(f"{path}, line {rows.line_num}: {len(row)} fields where the header has "
-                                     f"{len(header)}; put a field that holds a comma into double quotes")
-                if row:
-                    yield (rows.line_num, *(row[k].strip() for k in where))
+                    raise csv.Error(f"{'more than one' if name in header else 'no'} column {name}")
+            for row in filter(None, rows):
+                if len(row) != len(header):
+                    raise csv.Error(f"{len(row)} fields where the header has {len(header)}")
+                yield f"{path}, line {rows.line_num}", *(row[header.index(name)].strip() for name in columns)
     except FileNotFoundError:
-        raise InputError(f"{path} is missing; it has to hold the columns {','.join(columns)}") from None
+        raise InputError(f"{path} is missing; it has to hold the columns {names}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason}, byte {error.start}); save it as UTF-8") from None
     except csv.Error as error:
-        raise InputError(f"{path}, line {rows.line_num}: {error}; quote fields as RFC 4180 says") from None
+        raise InputError(f"{path}, line {max(1, rows.line_num)}: {error}; the header has to name {names}, and a field "
+                         "that holds a comma or a quote stands in double quotes (RFC 4180)") from None
 
 
 def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
@@ -108,40 +102,35 @@ def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
     or for a picture outside the folder."""
     roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link, but no picture may lead out
     items = {}
-    for line, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
-        if not item or item in items:
-            raise InputError(f"{folder / 'items.csv'}, line {line}: item_id {item!r} is "
-                             + ("there twice; keep one row for each item" if item else "empty; give every item an id"))
-        try:
-            inside = any((folder / image).resolve().is_relative_to(root) for root in roots)
-        except (ValueError, OSError, RuntimeError):  # a null byte, a name too long, a loop of links
-            inside = False
-        if not inside:
-            raise InputError(f"{folder / 'items.csv'}, line {line}: the picture {image[:200]!r} is not a path inside "
-                             f"{folder}; copy it there and name it relative to that folder")
+    for where, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
+        if not item:
+            raise InputError(f"{where}: the item_id is empty; give every item an id")
+        if item in items:
+            raise InputError(f"{where}: item_id {item!r} is there twice; keep one row for each item")
+        target = Path(os.path.realpath(folder / image.replace("\0", "?")))
+        if not any(target.is_relative_to(root) for root in roots):
+            raise InputError(f"{where}: the picture {image[:200]!r} is not a path inside {folder}; copy it there")
         items[item] = (" ".join(title.split()), folder / image)
     return items
 
 
-def read_interactions(folder: Path, items: dict) -> dict[str, list[tuple[str, float]]]:
-    """interactions.csv as {user_id: [(item_id, timestamp), oldest first]}. The sort is stable: rows with equal
-    timestamps keep the order of the file. Raises InputError for an unknown item or a timestamp that is no number."""
-    path, users = folder / "interactions.csv", {}
-    for line, user, item, timestamp in read_csv(path, ("user_id", "item_id", "timestamp")):
+def read_interactions(folder: Path, items: dict) -> list[tuple[str, str, float]]:
+    """interactions.csv as (user_id, item_id, timestamp), user by user, each oldest first; equal timestamps keep the
+    order of the file. Raises InputError for an unknown item or a timestamp that is no number."""
+    users = {}
+    for where, user, item, timestamp in read_csv(folder / "interactions.csv", ("user_id", "item_id", "timestamp")):
         if not user:
-            raise InputError(f"{path}, line {line}: the user_id is empty")
+            raise InputError(f"{where}: the user_id is empty")
         if item not in items:
-            raise InputError(f"{path}, line {line}: item_id {item!r} is not in items.csv; add it there or drop the row")
+            raise InputError(f"{where}: item_id {item!r} is not in items.csv; add it there or drop the row")
         try:
             when = float(timestamp)
         except ValueError:
             when = math.nan
         if not math.isfinite(when):
-            raise InputError(f"{path}, line {line}: timestamp {timestamp!r} is not a number; use seconds since 1970")
-        users.setdefault(user, []).append((item, when))
-    for events in users.values():
-        events.sort(key=lambda event: event[1])
-    return users
+            raise InputError(f"{where}: timestamp {timestamp!r} is not a number; use seconds since 1970")
+        users.setdefault(user, []).append((user, item, when))
+    return [row for rows in users.values() for row in sorted(rows, key=lambda row: row[2])]
 
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
@@ -153,7 +142,7 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
             picture = picture.point(lambda value: value / 256)
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
@@ -169,78 +158,71 @@ def picture_digest(path: Path) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def earliest(events: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """A user's (item, time) events, oldest first, without the repetitions of an item."""
-    kept = {}
-    for event in events:
-        kept.setdefault(event[0], event)
-    return list(kept.values())
-
-
-def core(users: dict[str, list], k: int = CORE) -> dict[str, list]:
-    """Drop users and items with fewer than k interactions until none is left (k-core, at its fixed point)."""
+def core(rows: list[tuple], k: int = CORE) -> list[tuple]:
+    """The k-core of (user, item, ...) rows: drop users and items with fewer than k of them until there are none."""
     while True:
-        counts = collections.Counter(item for events in users.values() for item, _ in events)
-        kept = {user: [event for event in events if counts[event[0]] >= k] for user, events in users.items()}
-        kept = {user: events for user, events in kept.items() if len(events) >= k}
-        if kept == users:
-            return users
-        users = kept
+        users, items = Counter(row[0] for row in rows), Counter(row[1] for row in rows)
+        kept = [row for row in rows if users[row[0]] >= k and items[row[1]] >= k]
+        if len(kept) == len(rows):
+            return rows
+        rows = kept
 
 
 def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop items without a title or a decodable picture, keep the earliest of a repeated
-    (user, item), then 5-core. Raises InputError for malformed files and if nothing is left."""
+    (user, item), then 5-core. Raises InputError for malformed files and if too little is left."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; a domain is a folder with items.csv, interactions.csv and images/")
     items = read_items(folder)
-    events = read_interactions(folder, items)
-    titled = [item for item, (title, _) in items.items() if title]
-    with concurrent.futures.ThreadPoolExecutor() as pool, warnings.catch_warnings():  # Pillow decodes without the GIL
+    rows = read_interactions(folder, items)
+    titled = {item: picture for item, (title, picture) in items.items() if title}
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of huge pictures: load_picture refuses them
-        checks = pool.map(picture_digest, (items[item][1] for item in titled))
-        digests = dict(zip(titled, tqdm(checks, "check pictures", len(titled), leave=False, disable=None)))
-    usable = {item for item, digest in digests.items() if digest}
-    shown = {user: [event for event in row if event[0] in usable] for user, row in events.items()}
-    first = {user: earliest(row) for user, row in shown.items()}
-    users = core(first)
-    size = lambda table: sum(map(len, table.values()))
+        checks = thread_map(picture_digest, titled.values(), desc="check pictures", leave=False, disable=None)
+    digests = {item: digest for item, digest in zip(titled, checks) if digest}
+    shown = [row for row in rows if row[1] in digests]
+    first = {}
+    for row in shown:
+        first.setdefault(row[:2], row)
+    kept = core(list(first.values()))
     dropped = {"items without a title": len(items) - len(titled),
-               "items without a decodable picture": len(titled) - len(usable),
-               "interactions with such items": size(events) - size(shown),
-               "repeated interactions": size(shown) - size(first),
-               "interactions outside the 5-core": size(first) - size(users)}
-    if not users:
+               "items without a decodable picture": len(titled) - len(digests),
+               "interactions with such items": len(rows) - len(shown),
+               "repeated interactions": len(shown) - len(first),
+               "interactions outside the 5-core": len(first) - len(kept)}
+    if not kept:
         raise InputError(f"{folder}: nothing is left after {CORE}-core filtering; dropped "
                          + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    return index_domain(folder.resolve().name, items, digests, users, dropped)
+    return index_domain(folder.resolve().name, items, digests, kept, dropped)
 
 
-def index_domain(name: str, items: dict, digests: dict, users: dict, dropped: dict) -> Domain:
+def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropped: dict) -> Domain:
     """Number what the reader kept. Raises InputError if a user's negatives would not find NEGATIVES items."""
-    bought = {item for events in users.values() for item, _ in events}
-    item_ids = [item for item in items if item in bought]
+    kept = {item for _, item, _ in rows}
+    item_ids = [item for item in items if item in kept]
+    titles, pictures = map(list, zip(*(items[item] for item in item_ids)))
     index = {item: number for number, item in enumerate(item_ids)}
-    sequences = [[index[item] for item, _ in events] for events in users.values()]
-    longest = max(map(len, sequences))
-    if len(item_ids) < longest + NEGATIVES:
-        raise InputError(f"{name}: {len(item_ids)} items are too few: the longest sequence has {longest}, and another "
-                         f"{NEGATIVES} are ranked beside the target; bring at least {longest + NEGATIVES}")
+    users = {}
+    for user, item, when in rows:
+        users.setdefault(user, []).append((index[item], when))
+    sequences = [[item for item, _ in events] for events in users.values()]
     tied = [events[-1][1] == events[-2][1] for events in users.values()]
-    content = [[(item, items[item][0], digests[item]) for item in item_ids], list(users), sequences, tied]
-    return Domain(name, item_ids, [items[item][0] for item in item_ids], [items[item][1] for item in item_ids],
-                  list(users), sequences, tied, dropped,
-                  hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest())
+    if len(item_ids) < (least := max(map(len, sequences)) + NEGATIVES):
+        raise InputError(f"{name}: {len(item_ids)} items are too few: {NEGATIVES} outside the longest sequence are "
+                         f"ranked beside the target; bring at least {least}")
+    content = [list(zip(item_ids, titles, map(digests.get, item_ids))), list(users), sequences, tied]
+    digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, digest)
 
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""
-    events = sum(map(len, domain.sequences))
+    users, events = len(domain.user_ids), sum(map(len, domain.sequences))
     lost = ", ".join(f"{count:,} {reason}" for reason, count in domain.dropped.items() if count) or "nothing"
-    return (f"{domain.name}: {len(domain.user_ids):,} users, {len(domain.item_ids):,} items, {events:,} interactions, "
-            f"mean length {events / len(domain.user_ids):.1f}\n  dropped: {lost}\n"
-            f"  test item decided by a tie in time: {sum(domain.tied) / len(domain.tied):.1%} of the users")
+    return (f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} interactions, mean length "
+            f"{events / users:.1f}\n  dropped: {lost}\n"
+            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -257,9 +239,9 @@ def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[li
 def draw_negatives(user_id: str, sequence: list[int], items: int, split: str, seed: int) -> list[int]:
     """NEGATIVES distinct items outside the user's whole sequence, uniform. They depend on (seed, split, user) alone, so
     that every method ranks the same candidates. Raises ValueError if there are not enough items."""
-    bought = set(sequence)
-    draw = random.Random(f"{seed} {split} {user_id}").sample(range(items), NEGATIVES + len(bought))
-    return [item for item in draw if item not in bought][:NEGATIVES]
+    own = set(sequence)
+    draw = random.Random(f"{seed} {split} {user_id}").sample(range(items), NEGATIVES + len(own))
+    return [item for item in draw if item not in own][:NEGATIVES]
 
 
 def validation_users(users: int, seed: int) -> list[int]:
@@ -339,15 +321,12 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
                        brand: float = 0.7, shape: float = 0.7) -> None:
     """Write a synthetic domain in which each modality is clear about one thing and vague about another.
 
-    An item has one of 8 categories and one of 8 styles; each of the 64 cells holds `per_cell` items, whose popularity
-    is log-normal. The title is a brand, a noun and a number. The noun names the category; the brand is the style's in a
-    share `brand` of the items, else a random one. The picture shows one shape of one colour. The hue shows the style;
-    the shape is the category's in a share `shape`, else a random one; place, size and shade vary.
-
-    A user starts in a random cell and takes 5 to 10 steps. At each step the category stays (50 %), moves on to the next
-    one (35 %) or is drawn anew (15 %); independently, the style stays (60 %), moves on (25 %) or is drawn anew (15 %).
-    In the new cell the user takes an item not taken before, by popularity. Between two steps pass 0 days (20 %) or 1 to
-    9; timestamps are whole days, and the file is in the order of the items, as Amazon's is.
+    Items have a category and a style, 8 of each, `per_cell` items of log-normal popularity in every cell. The title's
+    noun names the category; its brand is the style's in a share `brand` of the items, else a random one. The picture's
+    hue shows the style; its shape is the category's in a share `shape`, else a random one; place, size and shade vary.
+    A user starts in a random cell and takes 5 to 10 steps: at each the category stays (50 %), moves on to the next one
+    (35 %) or is drawn anew (15 %), and so does the style (60, 25, 15 %); the user takes a new item of that cell by
+    popularity. Between two steps pass 0 days (20 %) or 1 to 9. The file is in the order of the items, as Amazon's is.
     """
     rng = random.Random(f"sample world {seed}")
     cells = {(category, style): [f"{category}{style}{k:02}" for k in range(per_cell)]
@@ -418,20 +397,19 @@ def write_tiny_model(folder: Path) -> None:
     marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     symbols = marks + sorted(pre_tokenizers.ByteLevel.alphabet())  # a token for every byte, no merges
     ids = {symbol: number for number, symbol in enumerate(symbols)}
-    bytes_only = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_only.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, pad_token=marks[0], eos_token=marks[1],
+    letters = Tokenizer(models.BPE(vocab=ids, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=marks[0], eos_token=marks[1],
                                         additional_special_tokens=marks[2:])
-    text = dict(vocab_size=len(symbols), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-                bos_token_id=None, eos_token_id=ids[marks[1]],
+    text = dict(vocab_size=len(ids), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=None, eos_token_id=ids[marks[1]],
                 rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]})
     vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64,
                   fullatt_block_indexes=[1])
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=ids["<|image_pad|>"],
-                              video_token_id=ids["<|video_pad|>"], vision_start_token_id=ids["<|vision_start|>"],
-                              vision_end_token_id=ids["<|vision_end|>"])
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=ids["<|vision_start|>"],
+                              vision_end_token_id=ids["<|vision_end|>"], image_token_id=ids["<|image_pad|>"],
+                              video_token_id=ids["<|video_pad|>"])
     with whole_folder(folder) as partial, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         Qwen2_5_VLModel(config).save_pretrained(partial)
@@ -443,18 +421,10 @@ def write_tiny_model(folder: Path) -> None:
 # Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures
 # ----------------------------------------------------------------------------------------------------------------------
 
-class Category(NamedTuple):
-    """A name in Amazon's files, and the published counts of its 5-core."""
-    name: str
-    users: int
-    items: int
-    interactions: int
-
-
-AMAZON = {"toys": Category("Toys_and_Games", 19_412, 11_924, 167_597),
-          "beauty": Category("Beauty", 22_363, 12_101, 198_502),
-          "clothing": Category("Clothing_Shoes_and_Jewelry", 39_387, 23_033, 278_677),
-          "sports": Category("Sports_and_Outdoors", 35_598, 18_357, 296_337)}
+AMAZON = {"toys": ("Toys_and_Games", 19_412, 11_924, 167_597),  # name in the files; the published 5-core's users,
+          "beauty": ("Beauty", 22_363, 12_101, 198_502),        # items and interactions
+          "clothing": ("Clothing_Shoes_and_Jewelry", 39_387, 23_033, 278_677),
+          "sports": ("Sports_and_Outdoors", 35_598, 18_357, 296_337)}
 ARCHIVES = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"  # answered in September 2026
 PICTURES = "https://m.media-amazon.com"  # serves today what the metadata's hosts served
 PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
@@ -462,41 +432,42 @@ PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
 WORKERS = 16               # pictures fetched at once
 TRIES, BACK_OFF = 4, 1.0   # attempts, and the seconds before the second one; they double from there
 TIMEOUT = 20.0             # seconds without a byte after which an attempt has failed
-MAX_SECONDS, MAX_BYTES = 60.0, 10_000_000  # a picture that takes longer or is larger is given up
+MAX_SECONDS, MAX_BYTES = 120.0, 10_000_000  # a picture that takes longer, or is larger, is given up
 
 
 class FetchError(Exception):
     """Why an address gives no usable content. It begins with "no answer" where trying later may help."""
 
 
-class CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows a redirect only to http or https on one of `hosts`."""
-
-    def __init__(self, hosts: set[str]):
-        self.hosts = hosts
+class CheckedRedirects(HTTPRedirectHandler):
+    """Follows a redirect only by http or https, and only to the same host or one of PICTURE_HOSTS."""
 
     def redirect_request(self, request, file, code, message, headers, address):
-        """Called by urllib for each redirect. Raises FetchError for a host that is not ours."""
-        target = urllib.parse.urlsplit(address)
-        if target.scheme not in ("http", "https") or target.netloc not in self.hosts:
+        url = urlsplit(address)
+        if url.scheme not in ("http", "https") or url.netloc not in {request.host, *PICTURE_HOSTS}:
             raise FetchError("redirected to another host")
         return super().redirect_request(request, file, code, message, headers, address)
 
 
-def fetch(address: str, hosts: set[str], receive: Callable, offset: Callable[[], int] = lambda: 0):
-    """Return receive(response). Network errors, 429 and 5xx are tried again, later and later or when the server asks
-    for it, from byte offset() on. Raises FetchError with the reason."""
-    opener = urllib.request.build_opener(CheckedRedirects(hosts))
+def fetch(address: str, start: int = 0, name: str = "") -> Iterator[bytes]:
+    """Yield what lies at `address` from byte `start` on. After a network error, a cut-off, 429 or 5xx it asks for the
+    rest, later and later or when the server says. A `name` gets a progress bar. Raises FetchError with the reason."""
     for attempt in range(TRIES):
         wait = BACK_OFF * 2 ** attempt
+        headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
-            headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={offset()}-"} if offset() else {})
-            with opener.open(urllib.request.Request(address, headers=headers), timeout=TIMEOUT) as response:
-                return receive(response)
-        except urllib.error.HTTPError as error:
-            reason, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
+            request = Request(address, headers=headers)
+            with build_opener(CheckedRedirects).open(request, timeout=TIMEOUT) as response:
+                for chunk in receive(response, start, name):
+                    start += len(chunk)
+                    yield chunk
+            return
+        except HTTPError as error:
+            if error.code == 416 and start:  # nothing comes after what we have
+                return
             if error.code != 429 and error.code < 500:
-                raise FetchError(reason) from None
+                raise FetchError(f"HTTP {error.code}") from None
+            reason, after = f"HTTP {error.code}", error.headers.get("Retry-After", "")
             wait = min(float(after), 60.0) if after.isdigit() else wait
         except ValueError as error:  # a redirect or a header that makes no sense
             raise FetchError(f"malformed answer: {error}") from None
@@ -507,58 +478,50 @@ def fetch(address: str, hosts: set[str], receive: Callable, offset: Callable[[],
     raise FetchError(f"no answer: {reason}")
 
 
-def chunks(response, seconds: float = math.inf, most: float = math.inf) -> Iterator[bytes]:
-    """The body of a response. Raises FetchError if it has over `most` bytes, OSError if it is cut off or takes over
-    `seconds`."""
-    length, got, end = response.headers.get("Content-Length"), 0, monotonic() + seconds
-    while chunk := response.read1(1 << 16):
-        got += len(chunk)
-        if got > most:
-            raise FetchError(f"over {most:,} bytes")
-        if monotonic() > end:
-            raise TimeoutError(f"not done after {seconds:g} seconds")
-        yield chunk
-    if length and got != int(length):
-        raise ConnectionError(f"cut off after {got:,} of {length} bytes")
+def receive(response: http.client.HTTPResponse, start: int, name: str) -> Iterator[bytes]:
+    """Yield what a response sends from byte `start` of the whole on. Raises ConnectionError if it is cut off."""
+    if response.status != 206:  # 206: the server sends only what we lack
+        response.read(start)
+    total = start + response.length if response.length else None
+    hidden = None if name else True
+    with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=hidden) as bar:
+        while chunk := response.read1(1 << 16):
+            bar.update(len(chunk))
+            yield chunk
+    if response.length:
+        raise ConnectionError(f"cut off, {response.length:,} bytes are missing")
 
 
-def fetch_archive(address: str, path: Path, hosts: set[str]) -> None:
-    """Download to `path`, which appears when it is whole; continues what an earlier attempt or run left."""
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    have = lambda: part.stat().st_size if part.exists() else 0
-
-    def receive(response):
-        """Append what the server sends, or begin anew if it sends all."""
-        kept = have() if response.status == 206 else 0  # 206: the server sends only what we lack
-        total = int(response.headers.get("Content-Length") or 0) + kept
-        with open(part, "ab" if kept else "wb") as file, tqdm(
-                desc=path.name, total=total or None, initial=kept, unit="B", unit_scale=True, disable=None) as bar:
-            for chunk in chunks(response):
-                file.write(chunk)
-                bar.update(len(chunk))
-
-    try:
-        fetch(address, hosts, receive, have)
-    except FetchError as error:
-        if str(error) != "HTTP 416":  # nothing comes after what we have: a run was killed just before the next line
-            raise
-    os.replace(part, path)
+def get_archives(names: list[str], folder: Path, base: str) -> list[Path]:
+    """The archives' paths in `folder`, downloaded unless they are there; what an earlier run left is continued.
+    Raises InputError that says what to fetch by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / name for name in names]
+    for path in paths:
+        if path.exists():
+            continue
+        part = path.with_name(f"{path.name}.part")
+        try:
+            with open(part, "ab") as file:
+                file.writelines(fetch(f"{base}/{path.name}", file.tell(), path.name))
+        except FetchError as error:
+            raise InputError(f"cannot fetch {base}/{path.name} ({error}); run again, try --mirror, or put "
+                             f"{' and '.join(names)}, fetched by other means, into {folder}") from None
+        os.replace(part, path)
+    return paths
 
 
 def read_lines(path: Path, parse: Callable) -> Iterator:
-    """Yield parse(line) of a gzipped file. Raises InputError, naming the file, if it is damaged or a line malformed."""
+    """Yield parse(line) of a gzipped file. Raises InputError, with file and line, if it is damaged."""
+    number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
             lines = tqdm(file, path.name, unit=" lines", unit_scale=True, leave=False, disable=None)
             for number, line in enumerate(lines, 1):
-                try:
-                    yield parse(line)
-                except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number}: {type(error).__name__}: {error}; delete the file to "
-                                     "fetch it anew") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is cut off or damaged ({error}); delete it to fetch it anew") from None
+                yield parse(line)
+    except Exception as error:  # damage has many names
+        raise InputError(f"{path} is cut off or damaged, line {number}: {type(error).__name__}: {error}; delete it to "
+                         "fetch it anew") from None
 
 
 def parse_review(line: str) -> tuple[str, str, int]:
@@ -567,88 +530,72 @@ def parse_review(line: str) -> tuple[str, str, int]:
     return row["reviewerID"], row["asin"], int(row["unixReviewTime"])
 
 
-def parse_metadata(line: str, wanted: set[str]) -> tuple[str, str, str] | None:
-    """(item, title, picture's address) of a line of meta_*.json.gz, which is a Python literal, or None if the item is
-    not wanted: most lines are not, and reading the literal is what takes time."""
+def parse_metadata(line: str, items: set[str]) -> tuple[str, str, str] | None:
+    """(item, title, picture's address) of a line of meta_*.json.gz, which is a Python literal, or None if it is not
+    about one of `items`: most lines are not, and reading the literal is what takes time."""
     start = re.match(r"\{'asin': '(\w+)'", line)
-    if start and start[1] not in wanted:
+    if start and start[1] not in items:
         return None
     row = ast.literal_eval(line)
     title = " ".join(html.unescape(row.get("title") or "").split())
     title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a character
-    return (row["asin"], title, row.get("imUrl") or "") if row["asin"] in wanted else None
+    return (row["asin"], title, row.get("imUrl") or "") if row["asin"] in items else None
 
 
-def picture_address(item: str, title: str, address: str, base: str) -> tuple[str, str]:
-    """(address that serves the picture today, "") or ("", the reason why the item is dropped)."""
-    try:
-        url = urllib.parse.urlsplit(address)
-    except ValueError:
-        return "", "malformed address"
-    if not title:
-        return "", "no title"
-    if not re.fullmatch(r"[A-Za-z0-9]{1,20}", item):  # it becomes a file's name
-        return "", "odd item id"
-    if not address:
-        return "", "no picture"
-    if "no-img" in address:
-        return "", "placeholder picture"
-    if url.scheme not in ("http", "https") or url.netloc not in PICTURE_HOSTS:
-        return "", "picture on an unknown host"
-    return base + urllib.parse.quote(url.path, safe="/%+,"), ""
+def obstacle(item: str, title: str, address: str) -> str:
+    """Why an item cannot be shown, whatever its picture's server says, or ""."""
+    host = re.match(r"https?://([^/?#]*)", address)
+    reasons = {"no title": not title,
+               "odd item id": not re.fullmatch(r"[A-Za-z0-9]{1,20}", item),  # it becomes a file's name
+               "no picture": not address,
+               "placeholder picture": "no-img" in address,
+               "picture on an unknown host": not host or host[1] not in PICTURE_HOSTS}
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def fetch_picture(address: str, path: Path, hosts: set[str]) -> str:
+def fetch_picture(address: str, path: Path) -> str:
     """Download a picture to `path`, which appears when it is whole and decodes. Returns "", or why it does not."""
     if path.exists():
         return ""
+    end, content = monotonic() + MAX_SECONDS, b""
     try:
-        content = fetch(address, hosts, lambda response: b"".join(chunks(response, MAX_SECONDS, MAX_BYTES)))
+        for chunk in fetch(address):
+            content += chunk
+            if len(content) > MAX_BYTES:
+                return f"over {MAX_BYTES:,} bytes"
+            if monotonic() > end:
+                return f"no answer: not done after {MAX_SECONDS:g} seconds"
+        if min(load_picture(io.BytesIO(content)).size) < 2:
+            return "picture of a single pixel"
     except FetchError as error:
         return str(error)
-    try:
-        picture = load_picture(io.BytesIO(content))
     except Exception as error:  # whatever a decoder raises: it is no picture
         return "too many pixels" if "pixels" in str(error) else "not a picture"
-    if min(picture.size) < 2:
-        return "picture of a single pixel"
     with whole_file(path) as partial:
         partial.write_bytes(content)
     return ""
 
 
-def fetch_pictures(addresses: dict[str, str], folder: Path, hosts: set[str]) -> dict[str, str]:
+def fetch_pictures(addresses: dict[str, str], folder: Path) -> dict[str, str]:
     """Download {item: address} to `folder`/item.jpg. Returns {item: reason} of those that failed. Raises InputError if
     most failed, or over 1 % had no answer: then it is the network, not the links, and a later run can do better."""
     folder.mkdir(parents=True, exist_ok=True)
-    pool, failed = concurrent.futures.ThreadPoolExecutor(WORKERS), {}
+    for part in folder.glob("*.part"):  # of a killed run
+        part.unlink()
+    pool, failed, silent = ThreadPoolExecutor(WORKERS), {}, 0
     try:
-        jobs = {pool.submit(fetch_picture, address, folder / f"{item}.jpg", hosts): item
-                for item, address in addresses.items()}
-        done = concurrent.futures.as_completed(jobs)
-        for count, job in enumerate(tqdm(done, "pictures", len(jobs), disable=None), 1):
-            if not (reason := job.result()):
-                continue
-            failed[jobs[job]] = reason
-            silent = sum(why.startswith("no answer") for why in failed.values())
-            if len(failed) > max(50, count / 2) or silent > max(5, len(jobs) / 100):
+        reasons = pool.map(lambda item: fetch_picture(addresses[item], folder / f"{item}.jpg"), addresses)
+        bar = tqdm(zip(addresses, reasons), "pictures", len(addresses), disable=None)
+        for count, (item, reason) in enumerate(bar, 1):
+            if reason:
+                failed[item] = reason
+                silent += reason.startswith("no answer")
+            if len(failed) > max(50, count / 2) or silent > max(5, len(addresses) / 100):
                 raise InputError(f"{len(failed)} of {count} pictures failed, {silent} without an answer, the last one "
-                                 f"{addresses[jobs[job]]} ({reason}); check the network, then run again: it goes on")
+                                 f"{addresses[item]} ({reason}); check the network, then run again: it goes on")
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
-
-
-def get_archive(name: str, companion: str, archives: Path, base: str) -> Path:
-    """The path of an archive, downloaded unless it is there. Raises InputError that says what to fetch by hand."""
-    path = archives / name
-    if not path.exists():
-        try:
-            fetch_archive(f"{base}/{name}", path, {urllib.parse.urlsplit(base).netloc})
-        except FetchError as error:
-            raise InputError(f"cannot fetch {base}/{name} ({error}); run again, try --mirror, or put it and "
-                             f"{companion}, fetched by other means, into {archives}") from None
-    return path
 
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
@@ -656,25 +603,22 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     without title or picture, filter again, write. Interrupted at any moment, it goes on when called again."""
     if mirror and not re.match(r"https?://[\w.:-]+(/|$)", mirror):
         raise InputError(f"--mirror {mirror}: it has to be an address such as https://example.org/amazon")
-    category, base = AMAZON[domain], mirror or ARCHIVES
-    names = f"reviews_{category.name}_5.json.gz", f"meta_{category.name}.json.gz"
-    reviews = list(read_lines(get_archive(*names, archives, base), parse_review))
-    metadata = get_archive(*names[::-1], archives, base)
-    wanted = {item for _, item, _ in reviews}
-    about = {item: ("", "") for item in wanted}  # title, picture's address
-    about |= {row[0]: row[1:] for row in read_lines(metadata, lambda line: parse_metadata(line, wanted)) if row}
+    names = [f"reviews_{AMAZON[domain][0]}_5.json.gz", f"meta_{AMAZON[domain][0]}.json.gz"]
+    paths = get_archives(names, archives, mirror or ARCHIVES)
+    reviews = list(read_lines(paths[0], parse_review))
+    reviewed = {item for _, item, _ in reviews}
+    about = dict.fromkeys(reviewed, ("", ""))  # title, picture's address
+    about |= {row[0]: row[1:] for row in read_lines(paths[1], lambda line: parse_metadata(line, reviewed)) if row}
 
-    five_core = keep_core(reviews, wanted)
-    addresses = {item: picture_address(item, *about[item], mirror or PICTURES) for item in sorted(wanted)}
-    reasons = {item: reason for item, (_, reason) in addresses.items() if reason}
-    candidates = {item for _, item, _ in keep_core(reviews, wanted - set(reasons))}
-    hosts = {urllib.parse.urlsplit(mirror).netloc} if mirror else PICTURE_HOSTS
-    reasons |= fetch_pictures({item: addresses[item][0] for item in sorted(candidates)}, folder / "images", hosts)
-    final = keep_core(reviews, candidates - set(reasons))
+    reasons = {item: reason for item in sorted(about) if (reason := obstacle(item, *about[item]))}
+    five_core = core(reviews)
+    shown = core([row for row in reviews if row[1] not in reasons])
+    addresses = {item: (mirror or PICTURES) + quote(urlsplit(about[item][1]).path, safe="/%+,")
+                 for item in sorted({item for _, item, _ in shown})}
+    reasons |= fetch_pictures(addresses, folder / "images")
+    final = core([row for row in shown if row[1] not in reasons])
     print(amazon_table(domain, reviews, five_core, final, reasons))
 
-    for part in (folder / "images").glob("*.part"):  # of a killed run
-        part.unlink()
     dropped = [[item, reason, about[item][1]] for item, reason in sorted(reasons.items())]
     items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
@@ -682,27 +626,16 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     write_csv(folder / "items.csv", ["item_id", "title", "image"], items)  # last: where it is, the domain is whole
 
 
-def keep_core(reviews: list[tuple], items: set[str]) -> list[tuple]:
-    """The reviews of the 5-core of `items`, in their order."""
-    users = {}
-    for user, item, when in reviews:
-        if item in items:
-            users.setdefault(user, []).append((item, when))
-    kept = {(user, item) for user, events in core(users).items() for item, _ in events}
-    return [row for row in reviews if row[:2] in kept]
-
-
 def amazon_table(domain: str, reviews: list, five_core: list, final: list, reasons: dict[str, str]) -> str:
     """Users, items and interactions at each step beside the published counts, and what was lost why."""
     count = lambda rows: (len({user for user, _, _ in rows}), len({item for _, item, _ in rows}), len(rows))
-    rows = {"": ("users", "items", "interactions"), "published 5-core": AMAZON[domain][1:],
-            "reviews as fetched": count(reviews), "their 5-core": count(five_core),
-            "with title and picture, 5-core": count(final)}
-    text = lambda value: f"{value:,}" if isinstance(value, int) else value
-    lost = [f"{number:,} {reason}" for reason, number in collections.Counter(reasons.values()).most_common()]
-    return "\n".join([f"{domain}, Amazon 2014", *(f"  {name:32}" + "".join(f"{text(value):>14}" for value in values)
-                                                  for name, values in rows.items()),
-                      f"  items dropped: {', '.join(lost) or 'none'}"])
+    steps = {"published 5-core": AMAZON[domain][1:], "reviews as fetched": count(reviews),
+             "their 5-core": count(five_core), "with title and picture, 5-core": count(final)}
+    lines = [f"{domain}, Amazon 2014", f"  {'':32}{'users':>14}{'items':>14}{'interactions':>14}"]
+    for name, counts in steps.items():
+        lines.append(f"  {name:32}" + "".join(f"{number:>14,}" for number in counts))
+    lost = [f"{number:,} {reason}" for reason, number in Counter(reasons.values()).most_common()]
+    return "\n".join([*lines, f"  items dropped: {', '.join(lost) or 'none'}"])
 
 
 def main() -> int:
