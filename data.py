@@ -25,9 +25,7 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
-import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +37,7 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+import filelock
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
@@ -254,26 +253,31 @@ def validation_users(users: int, seed: int) -> list[int]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place if the block ends well, and vanishes if it does not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+def lock(path: Path, wait: bool = False) -> Iterator[None]:
+    """Keep other processes that ask for the same `path` out while the block runs, by a file beside it; it dies with the
+    process. If another one has it, `wait`, which says so, or raise InputError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f".{path.name}.lock")
+    held = filelock.FileLock(file)
     try:
-        yield partial
-        partial.chmod(0o755)
-        try:
-            os.rename(partial, folder)
-        except OSError:
-            if not folder.exists():  # if it does, another process was first, with the same content
-                raise
+        held.acquire(blocking=False)
+    except filelock.Timeout:
+        if not wait:
+            raise InputError(f"{path}: another run is at work there; let it end, or take another --out") from None
+        print(f"waiting for another process, which is preparing {path}", flush=True)
+        held.acquire()
+    try:
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Windows refuses, and filelock removes it after the release
+            file.unlink()  # while it is held: filelock sees that what it waited for has no name any more, and asks anew
+        held.release()
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, tag: str = "") -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if the block ends well, and vanishes if it does not."""
-    partial = path.with_name(f"{path.name}{tag}.part")
+    partial = path.with_name(f"{path.name}.part")
     try:
         yield partial
         os.replace(partial, path)
@@ -289,15 +293,16 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     if os.sep in domain or "/" in domain:
         return Path(domain)
     folder = data_dir / domain
-    if (folder / "items.csv").exists():
-        return folder
-    if domain in WORLDS:
-        write_sample_world(folder, **WORLDS[domain])
-    elif domain in AMAZON:
-        prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
-    else:
-        raise InputError(f"{folder / 'items.csv'} is missing; write items.csv, interactions.csv and images/ there, "
-                         f"give the path of another folder, or take one of {', '.join([*WORLDS, *AMAZON])}")
+    last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
+    if not last.exists() and domain not in [*WORLDS, *AMAZON]:
+        raise InputError(f"{last} is missing; write items.csv, interactions.csv and images/ there, give the path of "
+                         f"another folder, or take one of {', '.join([*WORLDS, *AMAZON])}")
+    if not last.exists():
+        with lock(folder, wait=True):
+            if domain in WORLDS and not last.exists():  # if it does, another process was first
+                write_sample_world(folder, **WORLDS[domain])
+            if domain in AMAZON and not last.exists():
+                prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     return folder
 
 
@@ -307,7 +312,11 @@ def prepare_model(model: str, data_dir: Path) -> str:
         return model
     folder = data_dir / "tiny-qwen2.5-vl"
     if not folder.exists():
-        write_tiny_model(folder)
+        with lock(folder, wait=True):
+            if not folder.exists():  # if it does, another process was first
+                partial = folder.with_name(f"{folder.name}.part")  # of a killed run: it is written over
+                write_tiny_model(partial)
+                os.replace(partial, folder)
     return str(folder)
 
 
@@ -334,26 +343,24 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
     popularity = {item: rng.lognormvariate(0, 0.7) for items in cells.values() for item in items}
     blur = lambda value, share: value if rng.random() < share else rng.randrange(8)
     move = lambda value, *odds: rng.choices([value, (value + 1) % 8, rng.randrange(8)], odds)[0]
-    with whole_folder(folder) as partial:
-        (partial / "images").mkdir()
-        rows = []
-        for (category, style), items in cells.items():
-            for item in items:
-                title = f"{BRANDS[blur(style, brand)]} {NOUNS[category]} {rng.randrange(100)}"
-                rows.append([item, title, image := f"images/{item}.png"])
-                draw_item(rng, SHAPES[blur(category, shape)], style / 8).save(partial / image)
-        write_csv(partial / "items.csv", ["item_id", "title", "image"], rows)
-        events = []
-        for user in range(users):
-            category, style, day, taken = rng.randrange(8), rng.randrange(8), 16000 + rng.randrange(365), set()
-            for _ in range(rng.randint(5, 10)):
-                category, style = move(category, 0.5, 0.35, 0.15), move(style, 0.6, 0.25, 0.15)
-                if free := [item for item in cells[category, style] if item not in taken]:
-                    day += rng.randint(1, 9) if rng.random() < 0.8 else 0
-                    taken.add(item := rng.choices(free, [popularity[item] for item in free])[0])
-                    events.append([f"u{user:04}", item, day * 86400])
-        events.sort(key=lambda row: row[1])
-        write_csv(partial / "interactions.csv", ["user_id", "item_id", "timestamp"], events)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows, events = [], []
+    for (category, style), items in cells.items():
+        for item in items:
+            title = f"{BRANDS[blur(style, brand)]} {NOUNS[category]} {rng.randrange(100)}"
+            rows.append([item, title, f"images/{item}.png"])
+            draw_item(rng, SHAPES[blur(category, shape)], style / 8).save(folder / "images" / f"{item}.png")
+    for user in range(users):
+        category, style, day, taken = rng.randrange(8), rng.randrange(8), 16000 + rng.randrange(365), set()
+        for _ in range(rng.randint(5, 10)):
+            category, style = move(category, 0.5, 0.35, 0.15), move(style, 0.6, 0.25, 0.15)
+            if free := [item for item in cells[category, style] if item not in taken]:
+                day += rng.randint(1, 9) if rng.random() < 0.8 else 0
+                taken.add(item := rng.choices(free, [popularity[item] for item in free])[0])
+                events.append([f"u{user:04}", item, day * 86400])
+    events.sort(key=lambda row: row[1])
+    write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], events)
+    write_csv(folder / "items.csv", ["item_id", "title", "image"], rows)  # last: where it is, the domain is whole
 
 
 def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
@@ -410,11 +417,11 @@ def write_tiny_model(folder: Path) -> None:
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=ids["<|vision_start|>"],
                               vision_end_token_id=ids["<|vision_end|>"], image_token_id=ids["<|image_pad|>"],
                               video_token_id=ids["<|video_pad|>"])
-    with whole_folder(folder) as partial, torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        Qwen2_5_VLModel(config).save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        Qwen2VLImageProcessorPil().save_pretrained(partial)
+        Qwen2_5_VLModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Qwen2VLImageProcessorPil().save_pretrained(folder)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

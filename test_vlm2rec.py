@@ -473,6 +473,86 @@ def test_the_shares_say_how_often_the_brand_names_the_style_and_the_shape_shows_
     assert sum(shape_is_right) / len(rows) == pytest.approx(0.3 + 0.7 / 8, abs=0.07)
 
 
+def python(code, folder, **options):
+    """A process that runs `code` in `folder`, with data.py at hand."""
+    command = [sys.executable, "-B", "-c", "import data, pathlib, sys, time\n" + code]
+    return subprocess.Popen(command, cwd=folder, text=True, env=os.environ | {"PYTHONPATH": str(HERE)},
+                            stdout=subprocess.PIPE, **options)
+
+
+def at_once(count, code, folder):
+    """What `count` processes that run `code` from the same moment on say, once all have ended well."""
+    options = dict(stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    start = "print('ready', flush=True)\nsys.stdin.read()\n"
+    processes = [python(start + code, folder, **options) for _ in range(count)]
+    assert [process.stdout.readline() for process in processes] == ["ready\n"] * count
+    for process in processes:
+        process.stdin.close()
+        process.stdin = None
+    said = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, said
+    return [out for out, _ in said]
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_lock_keeps_others_out_outlives_no_process_and_leaves_nothing(tmp_path):
+    hold = "with data.lock(pathlib.Path('new/run')):\n    print('held', flush=True)\n    time.sleep(60)"
+    process, path = python(hold, tmp_path), tmp_path / "new" / "run"
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(data.InputError, match=f"^{path}: another run is at work there; let it end"), data.lock(path):
+        pass
+    waiting = python("with data.lock(pathlib.Path('new/run'), wait=True):\n    print('mine')", tmp_path)
+    assert waiting.stdout.readline() == "waiting for another process, which is preparing new/run\n"
+    process.kill()
+    assert waiting.communicate(timeout=30)[0] == "mine\n" and waiting.returncode == 0
+    with data.lock(path):
+        with pytest.raises(data.InputError), data.lock(path):                # nor does the same process get it twice
+            pass
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_lock_admits_one_at_a_time_however_many_come_and_go(tmp_path):
+    """Whoever removes the lock's file must not let two in: one that waited for it, and one that made it anew."""
+    at_once(3, """for _ in range(100):
+        with data.lock(pathlib.Path('run'), wait=True):
+            pathlib.Path('inside').mkdir()       # fails if it is there
+            time.sleep(0.001)
+            pathlib.Path('inside').rmdir()""", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_miss_the_same_sample_world_or_model_write_it_once(tmp_path):
+    """Three at once. Each notes that it writes, and takes its time."""
+    code = """def noting(write):
+        def slowly(folder, *args, **options):
+            with open('written', 'a') as file:
+                file.write(write.__name__ + ' ')
+            time.sleep(1)
+            write(folder, *args, **options)
+        return slowly
+data.write_sample_world, data.write_tiny_model = noting(data.write_sample_world), noting(data.write_tiny_model)
+data.WORLDS['sample'] = dict(users=200, per_cell=2)
+data.prepare_domain('sample', pathlib.Path('domains'))
+data.prepare_model('tiny', pathlib.Path('domains'))"""
+    at_once(3, code, tmp_path)
+    assert (tmp_path / "written").read_text() == "write_sample_world write_tiny_model "
+    data.write_sample_world(tmp_path / "calm" / "sample", users=200, per_cell=2)
+    data.prepare_model("tiny", tmp_path / "calm")
+    assert files_of(tmp_path / "domains") == files_of(tmp_path / "calm")
+
+
+def test_what_is_there_needs_no_lock(tmp_path, monkeypatch):
+    """A folder of prepared data may be read-only."""
+    write_domain(tmp_path / "sample")
+    (tmp_path / "tiny-qwen2.5-vl").mkdir()
+    monkeypatch.delattr(data, "lock")
+    assert data.prepare_domain("sample", tmp_path) == tmp_path / "sample"
+    assert data.prepare_model("tiny", tmp_path) == str(tmp_path / "tiny-qwen2.5-vl")
+
+
 def test_importing_does_nothing(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(HERE)!r}); import data; assert 'torch' not in sys.modules; "
             "import vlm2rec, torch; assert not torch.cuda.is_initialized()")
@@ -560,15 +640,34 @@ def code(number, content=b"", **headers):
 def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsys):
     """Each fault is handled: tried again, or the item dropped, listed with its reason and counted."""
     monkeypatch.setattr(data, "TIMEOUT", 0.5)
+    monkeypatch.setattr(data, "MAX_SECONDS", 3.0)
+    monkeypatch.setattr(data, "MAX_BYTES", 100_000)
     at = lambda k: f"/images/I/{shop.items[k]}.jpg"
     good, bomb = shop.files[at(0)], picture("1", (10_000, 5_000), "PNG")     # 50 megapixels in a few kilobytes
+
+    def drip(handler):
+        """A byte every .3 seconds: never silent, never done."""
+        handler.send_response(200)
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                handler.wfile.write(b"x")
+                time.sleep(0.3)
+
+    def whole(handler):
+        """All of it, whatever was asked for."""
+        del handler.headers["Range"]
+        handler.answer(200, good)
+
     shop.faults = {at(0): [code(404)], at(1): [code(500)], at(2): [code(429, Retry_After=7)],
                    at(3): [lambda handler: time.sleep(1.5)] * 4, at(4): [code(200, good, cut=100)],
                    at(5): [code(200, b"<html>sorry</html>")], at(6): [code(200, picture("P", (1, 1), "GIF"))],
                    at(7): [code(200, bomb)], at(8): [code(200, picture("L"))], at(9): [code(200, picture("CMYK"))],
                    at(10): [code(302, Location="http://example.org/x.jpg")],
-               at(11): [code(302, Location=shop.url + at(12))],
+                   at(11): [code(302, Location=shop.url + at(12))],
                    at(13): [code(302, Location="file:///etc/passwd")], at(14): [code(503)] * 4,
+                   at(19): [drip], at(20): [code(200, good + bytes(200_000))],
+                   at(21): [code(200, good, cut=100), whole],
                    "/reviews_Toys_and_Games_5.json.gz": [lambda handler: handler.answer(
                        200, shop.files["/reviews_Toys_and_Games_5.json.gz"], cut=1000)]}
     shop.meta[15].pop("title")
@@ -579,7 +678,8 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsy
     domain = data.read_domain(data.prepare_domain("toys", tmp_path, shop.url))
     dropped = {0: "HTTP 404", 3: "no answer: timed out", 5: "not a picture", 6: "picture of a single pixel",
                7: "too many pixels", 10: "redirected to another host", 13: "HTTP 302", 14: "no answer: HTTP 503",
-               15: "no title", 16: "no picture", 17: "placeholder picture", 18: "picture on an unknown host"}
+               15: "no title", 16: "no picture", 17: "placeholder picture", 18: "picture on an unknown host",
+               19: "no answer: not done after 3 seconds", 20: "over 100,000 bytes"}
     listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
     assert listed == {shop.items[k]: reason for k, reason in dropped.items()}
     assert domain.item_ids == [item for k, item in enumerate(shop.items) if k not in dropped]
@@ -626,9 +726,16 @@ def test_a_preparation_killed_at_any_moment_goes_on_and_ends_the_same(shop, tmp_
         shop.log.clear()
     assert run("killed").wait() == 0
     assert not have & {path.rpartition("/")[2] for path, _ in shop.log}
-    files = lambda where: {path.relative_to(tmp_path / where): path.read_bytes()
-                           for path in (tmp_path / where).rglob("*") if path.is_file()}
-    assert files("calm") == files("killed")
+    assert files_of(tmp_path / "calm") == files_of(tmp_path / "killed")
+
+
+def test_two_processes_that_start_on_the_same_domain_fetch_nothing_twice_and_both_end_well(shop, tmp_path):
+    shop.delay = 0.03
+    said = at_once(2, f"data.prepare_domain('toys', pathlib.Path('both'), {shop.url!r})", tmp_path)
+    assert sorted(path for path, _ in shop.log) == sorted(shop.files)        # each file once
+    assert sum("waiting for another process, which is preparing both/toys" in text for text in said) == 1
+    data.prepare_domain("toys", tmp_path / "calm", shop.url)
+    assert files_of(tmp_path / "both") == files_of(tmp_path / "calm")
 
 
 @pytest.mark.parametrize("spoil, expected", [

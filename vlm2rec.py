@@ -613,10 +613,11 @@ def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: in
         key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
     if not path.exists():
-        features = encode_pictures(vlm, processor, domain.pictures, image_size)
-        folder.mkdir(parents=True, exist_ok=True)
-        with data.whole_file(path, f".{os.getpid()}") as partial:  # another run may be at it too
-            safetensors.torch.save_file({"features": features}, partial)
+        with data.lock(path, wait=True):
+            if not path.exists():  # another run may just have written it
+                features = encode_pictures(vlm, processor, domain.pictures, image_size)
+                with data.whole_file(path) as partial:
+                    safetensors.torch.save_file({"features": features}, partial)
     return safetensors.torch.load_file(path)["features"]
 
 
