@@ -20,6 +20,7 @@ import hashlib
 import html
 import http.client
 import io
+import itertools
 import json
 import math
 import os
@@ -202,11 +203,9 @@ def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropp
     item_ids = [item for item in items if item in kept]
     titles, pictures = map(list, zip(*(items[item] for item in item_ids)))
     index = {item: number for number, item in enumerate(item_ids)}
-    users = {}
-    for user, item, when in rows:
-        users.setdefault(user, []).append((index[item], when))
-    sequences = [[item for item, _ in events] for events in users.values()]
-    tied = [events[-1][1] == events[-2][1] for events in users.values()]
+    users = {user: list(events) for user, events in itertools.groupby(rows, key=lambda row: row[0])}
+    sequences = [[index[item] for _, item, _ in events] for events in users.values()]
+    tied = [events[-1][2] == events[-2][2] for events in users.values()]
     if len(item_ids) < (least := max(map(len, sequences)) + NEGATIVES):
         raise InputError(f"{name}: {len(item_ids)} items are too few: {NEGATIVES} outside the longest sequence are "
                          f"ranked beside the target; bring at least {least}")
@@ -294,15 +293,16 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
         return Path(domain)
     folder = data_dir / domain
     last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
-    if not last.exists() and domain not in [*WORLDS, *AMAZON]:
+    if last.exists():
+        return folder
+    if domain not in [*WORLDS, *AMAZON]:
         raise InputError(f"{last} is missing; write items.csv, interactions.csv and images/ there, give the path of "
                          f"another folder, or take one of {', '.join([*WORLDS, *AMAZON])}")
-    if not last.exists():
-        with lock(folder, wait=True):
-            if domain in WORLDS and not last.exists():  # if it does, another process was first
-                write_sample_world(folder, **WORLDS[domain])
-            if domain in AMAZON and not last.exists():
-                prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
+    with lock(folder, wait=True):
+        if domain in WORLDS and not last.exists():  # if it does, another process was first
+            write_sample_world(folder, **WORLDS[domain])
+        if domain in AMAZON and not last.exists():
+            prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     return folder
 
 
@@ -311,12 +311,13 @@ def prepare_model(model: str, data_dir: Path) -> str:
     if model != "tiny":
         return model
     folder = data_dir / "tiny-qwen2.5-vl"
-    if not folder.exists():
-        with lock(folder, wait=True):
-            if not folder.exists():  # if it does, another process was first
-                partial = folder.with_name(f"{folder.name}.part")  # of a killed run: it is written over
-                write_tiny_model(partial)
-                os.replace(partial, folder)
+    if folder.exists():
+        return str(folder)
+    with lock(folder, wait=True):
+        if not folder.exists():  # if it does, another process was first
+            partial = folder.with_name(f"{folder.name}.part")  # what a killed run left there is written over
+            write_tiny_model(partial)
+            os.replace(partial, folder)
     return str(folder)
 
 
@@ -365,8 +366,8 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
 
 def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
     """Draw one shape in one colour on a pale ground; place, size and shade come from `rng`."""
-    shade = lambda s, v: tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue % 1, s, v))
-    colour, ground = shade(rng.uniform(0.7, 1), rng.uniform(0.6, 0.95)), (rng.randint(225, 255),) * 3
+    saturated = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.7, 1), rng.uniform(0.6, 0.95))
+    colour, ground = tuple(int(255 * part) for part in saturated), (rng.randint(225, 255),) * 3
     picture = Image.new("RGB", (size, size), ground)
     draw, r = ImageDraw.Draw(picture), rng.randint(size // 4, size // 3)
     x, y = rng.randint(r + 2, size - r - 2), rng.randint(r + 2, size - r - 2)
@@ -439,7 +440,7 @@ PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
 WORKERS = 16               # pictures fetched at once
 TRIES, BACK_OFF = 4, 1.0   # attempts, and the seconds before the second one; they double from there
 TIMEOUT = 20.0             # seconds without a byte after which an attempt has failed
-MAX_SECONDS, MAX_BYTES = 120.0, 10_000_000  # a picture that takes longer, or is larger, is given up
+MAX_SECONDS, MAX_BYTES = 60.0, 10_000_000  # an attempt at a picture that takes longer, a picture that is larger
 
 
 class FetchError(Exception):
@@ -456,16 +457,16 @@ class CheckedRedirects(HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, address)
 
 
-def fetch(address: str, start: int = 0, name: str = "") -> Iterator[bytes]:
-    """Yield what lies at `address` from byte `start` on. After a network error, a cut-off, 429 or 5xx it asks for the
-    rest, later and later or when the server says. A `name` gets a progress bar. Raises FetchError with the reason."""
+def fetch(address: str, start: int = 0, name: str = "", seconds: float = math.inf) -> Iterator[bytes]:
+    """Yield what lies at `address` from byte `start` on. After a network error, a cut-off, 429, 5xx or `seconds` it
+    asks for the rest, later and later or when the server says. A `name` shows a bar. Raises FetchError, with why."""
     for attempt in range(TRIES):
         wait = BACK_OFF * 2 ** attempt
         headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
         try:
             request = Request(address, headers=headers)
             with build_opener(CheckedRedirects).open(request, timeout=TIMEOUT) as response:
-                for chunk in receive(response, start, name):
+                for chunk in receive(response, start, name, monotonic() + seconds):
                     start += len(chunk)
                     yield chunk
             return
@@ -485,14 +486,16 @@ def fetch(address: str, start: int = 0, name: str = "") -> Iterator[bytes]:
     raise FetchError(f"no answer: {reason}")
 
 
-def receive(response: http.client.HTTPResponse, start: int, name: str) -> Iterator[bytes]:
-    """Yield what a response sends from byte `start` of the whole on. Raises ConnectionError if it is cut off."""
+def receive(response: http.client.HTTPResponse, start: int, name: str, end: float) -> Iterator[bytes]:
+    """Yield what a response sends from byte `start` of the whole on. Raises OSError if it is cut off or goes on after
+    the moment `end`."""
     if response.status != 206:  # 206: the server sends only what we lack
         response.read(start)
     total = start + response.length if response.length else None
-    hidden = None if name else True
-    with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=hidden) as bar:
+    with tqdm(desc=name, total=total, initial=start, unit="B", unit_scale=True, disable=not name or None) as bar:
         while chunk := response.read1(1 << 16):
+            if monotonic() > end:
+                raise TimeoutError("it takes too long")
             bar.update(len(chunk))
             yield chunk
     if response.length:
@@ -564,20 +567,20 @@ def fetch_picture(address: str, path: Path) -> str:
     """Download a picture to `path`, which appears when it is whole and decodes. Returns "", or why it does not."""
     if path.exists():
         return ""
-    end, content = monotonic() + MAX_SECONDS, b""
+    content = b""
     try:
-        for chunk in fetch(address):
+        for chunk in fetch(address, seconds=MAX_SECONDS):
             content += chunk
             if len(content) > MAX_BYTES:
                 return f"over {MAX_BYTES:,} bytes"
-            if monotonic() > end:
-                return f"no answer: not done after {MAX_SECONDS:g} seconds"
-        if min(load_picture(io.BytesIO(content)).size) < 2:
-            return "picture of a single pixel"
     except FetchError as error:
         return str(error)
+    try:
+        picture = load_picture(io.BytesIO(content))
     except Exception as error:  # whatever a decoder raises: it is no picture
         return "too many pixels" if "pixels" in str(error) else "not a picture"
+    if min(picture.size) < 2:
+        return "picture of a single pixel"
     with whole_file(path) as partial:
         partial.write_bytes(content)
     return ""

@@ -640,7 +640,7 @@ def code(number, content=b"", **headers):
 def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsys):
     """Each fault is handled: tried again, or the item dropped, listed with its reason and counted."""
     monkeypatch.setattr(data, "TIMEOUT", 0.5)
-    monkeypatch.setattr(data, "MAX_SECONDS", 3.0)
+    monkeypatch.setattr(data, "MAX_SECONDS", 1.0)
     monkeypatch.setattr(data, "MAX_BYTES", 100_000)
     at = lambda k: f"/images/I/{shop.items[k]}.jpg"
     good, bomb = shop.files[at(0)], picture("1", (10_000, 5_000), "PNG")     # 50 megapixels in a few kilobytes
@@ -666,7 +666,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsy
                    at(10): [code(302, Location="http://example.org/x.jpg")],
                    at(11): [code(302, Location=shop.url + at(12))],
                    at(13): [code(302, Location="file:///etc/passwd")], at(14): [code(503)] * 4,
-                   at(19): [drip], at(20): [code(200, good + bytes(200_000))],
+                   at(19): [drip] * 4, at(20): [code(200, good + bytes(200_000))],
                    at(21): [code(200, good, cut=100), whole],
                    "/reviews_Toys_and_Games_5.json.gz": [lambda handler: handler.answer(
                        200, shop.files["/reviews_Toys_and_Games_5.json.gz"], cut=1000)]}
@@ -679,7 +679,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsy
     dropped = {0: "HTTP 404", 3: "no answer: timed out", 5: "not a picture", 6: "picture of a single pixel",
                7: "too many pixels", 10: "redirected to another host", 13: "HTTP 302", 14: "no answer: HTTP 503",
                15: "no title", 16: "no picture", 17: "placeholder picture", 18: "picture on an unknown host",
-               19: "no answer: not done after 3 seconds", 20: "over 100,000 bytes"}
+               19: "no answer: it takes too long", 20: "over 100,000 bytes"}
     listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
     assert listed == {shop.items[k]: reason for k, reason in dropped.items()}
     assert domain.item_ids == [item for k, item in enumerate(shop.items) if k not in dropped]
@@ -687,6 +687,8 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsy
     assert 7.0 in shop.waits and 1.0 in shop.waits                           # Retry-After, and the first back-off
     assert ("/reviews_Toys_and_Games_5.json.gz", "bytes=1000-") in shop.log  # the cut download went on where it was
     assert len([1 for path, _ in shop.log if path == at(4)]) == 2
+    for k in (4, 21):                                                        # cut: the rest, or all of it, came later
+        assert (tmp_path / "toys" / "images" / f"{shop.items[k]}.jpg").read_bytes() == good
     table = capsys.readouterr().out
     for text in ("published 5-core", "19,412", "167,597", "1 redirected to another host", "1 HTTP 404"):
         assert text in table
@@ -695,8 +697,8 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, monkeypatch, capsy
 
 def test_equal_timestamps_keep_the_archives_order_which_is_by_item(shop, tmp_path):
     domain = data.read_domain(data.prepare_domain("toys", tmp_path, shop.url))
-    bought = [shop.items[(5 * k) % 140] for k in range(12)]                  # U0 buys two items a day
-    days = [sorted(bought[k:k + 2]) for k in range(0, 12, 2)]
+    sequence = [shop.items[(5 * k) % 140] for k in range(12)]                  # U0 buys two items a day
+    days = [sorted(sequence[k:k + 2]) for k in range(0, 12, 2)]
     assert [domain.item_ids[item] for item in domain.sequences[domain.user_ids.index("U0")]] == sum(days, [])
 
 
@@ -709,6 +711,19 @@ def test_archives_put_there_by_hand_are_used_and_pictures_are_fetched_once(shop,
     (tmp_path / "toys" / "items.csv").unlink()
     data.prepare_domain("toys", tmp_path, shop.url)
     assert len(shop.log) == len(shop.files)                                  # nothing was fetched again
+
+
+def test_archives_that_an_earlier_run_left_in_part_go_on_where_they_were(shop, tmp_path):
+    """One is cut after 1,000 bytes; of the other one all is there, only the name is not final."""
+    (tmp_path / "amazon2014").mkdir()
+    sizes = {name: 1000 if "reviews" in name else len(shop.files[name]) for name in list(shop.files)[-2:]}
+    for name, size in sizes.items():
+        (tmp_path / "amazon2014" / f"{name[1:]}.part").write_bytes(shop.files[name][:size])
+    data.prepare_domain("toys", tmp_path, shop.url)
+    assert {name: have for name, have in shop.log if name in sizes} == {name: f"bytes={size}-"
+                                                                        for name, size in sizes.items()}
+    for name in sizes:
+        assert (tmp_path / "amazon2014" / name[1:]).read_bytes() == shop.files[name]
 
 
 def test_a_preparation_killed_at_any_moment_goes_on_and_ends_the_same(shop, tmp_path):
@@ -759,6 +774,16 @@ def test_without_a_network_one_line_says_what_to_fetch_and_where_to_put_it(tmp_p
     assert process.returncode == 2 and len(lines) == 1
     for text in ("http://127.0.0.1:9/reviews_Beauty_5.json.gz", "meta_Beauty.json.gz", str(tmp_path / "amazon2014")):
         assert text in lines[0]
+
+
+def test_a_picture_that_cannot_be_written_whole_is_not_there(shop, tmp_path, monkeypatch):
+    def full(path, content):
+        path.touch()
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left.*p.jpg"):
+        data.fetch_picture(f"{shop.url}/images/I/{shop.items[0]}.jpg", tmp_path / "p.jpg")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number, share", [(403, 1.0), (503, 0.1)])
