@@ -749,6 +749,7 @@ def test_two_processes_that_start_on_the_same_domain_fetch_nothing_twice_and_bot
     said = at_once(2, f"data.prepare_domain('toys', pathlib.Path('both'), {shop.url!r})", tmp_path)
     assert sorted(path for path, _ in shop.log) == sorted(shop.files)        # each file once
     assert sum("waiting for another process, which is preparing both/toys" in text for text in said) == 1
+    assert sum("published 5-core" in text for text in said) == 1             # and is prepared once
     data.prepare_domain("toys", tmp_path / "calm", shop.url)
     assert files_of(tmp_path / "both") == files_of(tmp_path / "calm")
 
