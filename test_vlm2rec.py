@@ -290,6 +290,9 @@ def test_hits_and_ndcg_by_hand():
     assert vlm2rec.hits_and_ndcg(torch.tensor([]))["N@10"] is None
 
 
+CHANCE = vlm2rec.hits_and_ndcg(torch.arange(1, 102))  # of 101 candidates in a random order
+
+
 def score(kind, users=2000, items=400):
     """Both rankings of `users` whose embeddings are an oracle's, constant, random or NaN."""
     generator = torch.Generator().manual_seed(0)
@@ -299,20 +302,20 @@ def score(kind, users=2000, items=400):
          "nan": torch.full((users, 64), math.nan)}[kind]
     e = torch.ones_like(e) if kind == "constant" else e
     negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
-    ranks, full = vlm2rec.Evaluation([], [], torch.tensor(targets), negatives, [[t] for t in targets]).rank(z, e)
+    ranks, full = vlm2rec.Evaluation([], torch.tensor(targets), negatives, [[t] for t in targets]).rank(z, e)
     return vlm2rec.hits_and_ndcg(ranks), vlm2rec.hits_and_ndcg(full)
 
 
 def test_an_oracle_is_perfect_and_a_random_order_is_at_chance():
     assert all(value == 1 for table in score("oracle") for value in table.values())
-    assert vlm2rec.chance() == pytest.approx({"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}, abs=5e-5)
-    assert score("random")[0] == pytest.approx(vlm2rec.chance(), abs=0.02)  # 3 standard errors at 2,000 users
+    assert CHANCE == pytest.approx({"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}, abs=5e-5)
+    assert score("random")[0] == pytest.approx(CHANCE, abs=0.02)  # 3 standard errors at 2,000 users
 
 
 def test_a_constant_scorer_is_no_better_than_chance_and_nan_stops():
     """A `(others > target).sum()` would put both at the top."""
     for table in score("constant"):
-        assert all(value <= vlm2rec.chance()[name] for name, value in table.items())
+        assert all(value <= CHANCE[name] for name, value in table.items())
     with pytest.raises(FloatingPointError, match="not finite"):
         score("nan")
 
@@ -320,7 +323,7 @@ def test_a_constant_scorer_is_no_better_than_chance_and_nan_stops():
 def test_the_full_ranking_leaves_out_the_users_other_items():
     e = torch.eye(4)
     z = torch.tensor([[0.9, 0.8, 0.7, 0.1]])       # likes item 0 best, then 1, 2, 3
-    rank = lambda sequence: vlm2rec.Evaluation([0], [], torch.tensor([2]), torch.tensor([[3]]), [sequence]).rank(z, e)
+    rank = lambda sequence: vlm2rec.Evaluation([], torch.tensor([2]), torch.tensor([[3]]), [sequence]).rank(z, e)
     assert [ranks.tolist() for ranks in rank([2])] == [[1], [3]]
     assert [ranks.tolist() for ranks in rank([0, 2])] == [[1], [2]]                    # 0 was bought before
 
@@ -1020,11 +1023,14 @@ def command(*args):
     return vlm2rec.main([str(arg) for arg in args])
 
 
+BRIEF = ("--epochs", "2", "--lr", "3e-3", "--log-every", "10")  # enough to be better than untrained in the small world
+
+
 @pytest.fixture(scope="module")
 def finished(home):
-    """The sample run as the README gives it, for one epoch, in the small world."""
+    """The sample run as the README gives it, but brief, and in the small world."""
     with contextlib.chdir(home):
-        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10) == 0
+        assert command("--domain", "sample", *BRIEF) == 0
     return home / "runs" / "sample" / "vlm2rec-seed0"
 
 
@@ -1041,13 +1047,16 @@ def test_a_run_writes_what_the_design_says(finished):
     for column, key in ((2, "test"), (3, "test_full")):
         assert vlm2rec.hits_and_ndcg(torch.tensor([float(row[column]) for row in rows])) == pytest.approx(metrics[key])
     log = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [*range(10, metrics["users"] // 8, 10), metrics["users"] // 8]
+    epoch = metrics["users"] // 8                                    # 27 steps; a line every ten, and at its end
+    assert [line["step"] for line in log] == sorted({*range(10, 2 * epoch, 10), epoch, 2 * epoch})
+    weights = safetensors.torch.load_file(finished / "adapter" / "adapter_model.safetensors")
+    assert all(weight.any() for weight in weights.values())         # the second epoch is better than no training
     for line in log:
         assert {"gap", "weight", "alpha", "beta", "norm_ratio", "grad_norm", "users_per_s", "tokens_per_s", "peak_gib",
-                "minutes_left"} < set(line)
+                "epoch_minutes", "minutes_left"} < set(line)
         assert line["loss"] == pytest.approx(line["wpcl"] + 0.5 * line["crtr"], abs=1e-4)
     config = json.loads((finished / "config.json").read_text())
-    assert config["lr"] == 1e-3 and config["lora_rank"] == 16
+    assert config["image_size"] == 56 and config["lora_rank"] == 16
     assert {"torch", "transformers", "peft", "data_digest", "source_digest"} < set(config)
     assert len(list(finished.parent.glob("features-*.safetensors"))) == 1
 
@@ -1058,14 +1067,14 @@ def test_the_target_is_the_users_last_item_and_in_no_history(finished, home):
         sequence = domain.sequences[domain.user_ids.index(row[0])]
         assert row[1] == domain.item_ids[sequence[-1]]
     for split in ("valid", "test"):
-        for history, target, negatives in zip(*vlm2rec.make_evaluation(domain, split, 10, 0)[1:4]):
+        for history, target, negatives in zip(*vlm2rec.make_evaluation(domain, split, 10, 0)[:3]):
             assert target not in history and not {int(target), *history} & set(negatives.tolist())
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, home, tmp_path):
     with contextlib.chdir(home):
         for seed in (0, 1):
-            assert command("--epochs", 1, "--seed", seed, "--out", tmp_path) == 0
+            assert command(*BRIEF, "--seed", seed, "--out", tmp_path) == 0
     files = [(tmp_path / "sample" / f"vlm2rec-seed{seed}" / "metrics.json").read_bytes() for seed in (0, 1)]
     assert files[0] == (finished / "metrics.json").read_bytes() != files[1]
     assert (tmp_path / "sample" / "vlm2rec-seed0" / "ranks.csv").read_bytes() == (finished / "ranks.csv").read_bytes()
@@ -1123,14 +1132,14 @@ def contents(folder):
     files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     files["config.json"] = {key: value for key, value in json.loads(files["config.json"]).items() if key != "out"}
     timeless = lambda line: {key: value for key, value in json.loads(line).items()
-                             if key not in ("users_per_s", "tokens_per_s", "peak_gib", "minutes_left")}
+                             if key not in ("users_per_s", "tokens_per_s", "peak_gib", "epoch_minutes", "minutes_left")}
     return files | {"log.jsonl": [timeless(line) for line in files["log.jsonl"].splitlines()]}
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, home, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     with contextlib.chdir(home):
-        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10) == 0
+        assert command("--domain", "sample", *BRIEF) == 0
     shown = capsys.readouterr().out
     assert "is finished since 20" in shown and (finished / "table.md").read_text() in shown
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
@@ -1139,7 +1148,7 @@ def test_a_finished_run_is_shown_and_not_repeated(finished, home, capsys):
 def test_other_settings_are_named_and_nothing_is_touched_until_restart(finished, home, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "sample" / finished.name)
     folder = tmp_path / "sample" / finished.name
-    before, flags = contents(folder), ["--epochs", 1, "--out", tmp_path, "--log-every", 10, "--lam", 0.25]
+    before, flags = contents(folder), [*BRIEF, "--out", tmp_path, "--lam", 0.25]
     with contextlib.chdir(home):
         assert command(*flags) == 2
         error = capsys.readouterr().err.strip()
@@ -1151,10 +1160,38 @@ def test_other_settings_are_named_and_nothing_is_touched_until_restart(finished,
     assert contents(folder)["metrics.json"] != before["metrics.json"] and set(contents(folder)) == set(before)
 
 
+def test_another_version_of_the_source_is_said_and_blocks_nothing(finished, home, capsys):
+    config = finished / "config.json"
+    before = config.read_text()
+    try:
+        config.write_text(re.sub(r'"source_digest": "\w+"', '"source_digest": "of an older file"', before))
+        with contextlib.chdir(home):
+            assert command("--domain", "sample", *BRIEF) == 0
+    finally:
+        config.write_text(before)
+    shown = capsys.readouterr().out
+    assert "begun with another version of vlm2rec.py" in shown and "is finished since 20" in shown
+
+
+def test_the_best_epoch_is_kept_and_the_untrained_model_is_a_candidate(home, tmp_path, monkeypatch):
+    """Validation says .3, then .2, then .4: after two epochs the second is kept; after one, what was there before."""
+    def weights_after(epochs, scores):
+        monkeypatch.setattr(vlm2rec, "validate", lambda *args: {"N@10": scores.pop(0)})
+        with contextlib.chdir(home):
+            assert command("--epochs", epochs, "--train-users", 80, "--method", "sft",
+                           "--out", tmp_path / str(epochs)) == 0
+        folder = tmp_path / str(epochs) / "sample" / "sft-seed0"
+        assert json.loads((folder / "metrics.json").read_text())["valid"] == {"N@10": {1: 0.3, 2: 0.4}[epochs]}
+        weights = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+        return [weight for name, weight in weights.items() if "lora_B" in name]
+    assert not any(weight.any() for weight in weights_after(1, [0.3, 0.2]))    # LoRA's B is 0 before the first step
+    assert all(weight.any() for weight in weights_after(2, [0.3, 0.2, 0.4]))
+
+
 def start(home, out, *flags):
     """The finished run as a process of its own, in another folder of results."""
-    command = [sys.executable, HERE / "vlm2rec.py", "--epochs", "2", "--log-every", "3", "--save-every", "10",
-               "--gradients-every", "10", "--out", out, *flags]
+    command = [sys.executable, HERE / "vlm2rec.py", "--epochs", "2", "--lr", "3e-3", "--log-every", "3", "--save-every",
+               "10", "--gradients-every", "10", "--out", out, *flags]
     pipe = subprocess.PIPE
     return subprocess.Popen(list(map(str, command)), cwd=home, stdout=pipe, stderr=pipe, text=True)
 
@@ -1189,7 +1226,7 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(calm, hom
         time.sleep(0.01)
     process.send_signal(number)
     assert "the same command goes on" in process.communicate()[1] and process.returncode == 130
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["step"]
     assert 3 <= step < 40
     process = start(home, tmp_path, "--save-every", "1000")
     assert f"going on after step {step}\n" in process.communicate()[0] and process.returncode == 0
@@ -1199,8 +1236,8 @@ def test_ctrl_c_and_sigterm_save_the_step_and_the_same_command_goes_on(calm, hom
 
 def test_of_two_runs_in_one_folder_the_second_leaves_the_first_alone(finished, home, capsys):
     before = contents(finished)
-    with contextlib.chdir(home), vlm2rec.locked(finished):
-        assert command("--domain", "sample", "--epochs", 1, "--log-every", 10, "--restart") == 2
+    with contextlib.chdir(home), data.lock(finished):
+        assert command(*BRIEF, "--restart") == 2
     assert "another run is at work there" in capsys.readouterr().err and contents(finished) == before
 
 
@@ -1215,8 +1252,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, 
     kept = (folder / "checkpoint.pt").read_bytes()
     code = (f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import vlm2rec; "
             "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(vlm2rec.main(sys.argv[1:]))")
-    process = subprocess.run([sys.executable, "-c", code, "--epochs", "2", "--log-every", "3", "--save-every", "10",
-                              "--gradients-every", "10", "--out", tmp_path], cwd=home, capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code, "--epochs", "2", "--lr", "3e-3", "--log-every", "3",
+                              "--save-every", "10", "--gradients-every", "10", "--out", tmp_path], cwd=home, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.strip().endswith(f"File too large: '{folder / 'checkpoint.pt'}'")
     assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
     assert start(home, tmp_path).wait() == 0
@@ -1261,7 +1298,8 @@ def test_a_gradient_that_is_not_finite_stops_at_its_step_and_keeps_the_last_good
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: step 13 is the first that is not finite: {'loss': ") and "'grad_norm': nan" in error
     saved = torch.load(tmp_path / "sample" / "vlm2rec-seed0" / "checkpoint.pt", weights_only=True)
-    assert saved["step"] == 10 and all(weight.isfinite().all() for weight in saved["lora"].values())
+    assert saved["progress"]["step"] == 10
+    assert all(weight.isfinite().all() for weight in saved["state"]["lora"].values())
 
 
 def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
@@ -1301,32 +1339,39 @@ def fake_runs(folder, method, scores, ranks):
     for seed, value in enumerate(scores):
         folders.append(folder / f"{method}-seed{seed}")
         folders[-1].mkdir()
-        columns = dict.fromkeys(vlm2rec.chance(), value)
-        vlm2rec.write_json(folders[-1] / "metrics.json", {"test": columns})
+        columns = dict.fromkeys(CHANCE, value)
+        (folders[-1] / "metrics.json").write_text(json.dumps({"seed": seed, "test": columns}))
         data.write_csv(folders[-1] / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
                        [[f"u{k}", "i", rank, rank] for k, rank in enumerate(ranks)])
     return folders
+
+
+def compared(runs):
+    """The table on the test split, and the comparison user by user."""
+    results = {method: [json.loads((folder / "metrics.json").read_text()) for folder in folders]
+               for method, folders in runs.items()}
+    return vlm2rec.comparison(results, "test", "seed0-2"), vlm2rec.differences(runs, results)
 
 
 def test_the_comparison_by_hand(tmp_path):
     runs = {"sft": fake_runs(tmp_path, "sft", [0.1, 0.2, 0.3], [1, 2, 50]),
             "vlm2rec": fake_runs(tmp_path, "vlm2rec", [0.2, 0.31, 0.4], [1, 1, 50]),
             "text": fake_runs(tmp_path, "text", [0.0, 0.0, 0.0], [1, 2, 50])}
-    rows = [row.split(" | ") for row in vlm2rec.comparison(runs).splitlines()]
-    assert rows[0] == ["| test, seed0-2", *list(vlm2rec.chance())[:3], "N@20 |"]
+    rows = [row.split(" | ") for row in compared(runs)[0].splitlines()]
+    assert rows[0] == ["| test, seed0-2", *list(CHANCE)[:3], "N@20 |"]
     assert rows[2][:2] == ["| sft", "<u>0.2000 ± 0.1000</u>"] and rows[4][:2] == ["| text", "0.0000 ± 0.0000"]
     assert rows[3][:2] == ["| vlm2rec", "**0.3033 ± 0.1002** *"]               # differences .1 .11 .1: p = .001
-    against_sft = vlm2rec.differences(runs).splitlines()[0]
+    against_sft = compared(runs)[1].splitlines()[0]
     difference = (1 - 1 / math.log2(3)) / 3                                    # one user of three is better
     assert f"{difference:+.4f} ± {difference:.4f}" in against_sft and "better for 33%, worse for 0%" in against_sft
     assert against_sft.endswith("over the users, 0.001 over the seeds")
     del runs["vlm2rec"]                                                        # then the best is the reference
-    assert [line.partition(",")[0] for line in vlm2rec.differences(runs).splitlines()] == ["- sft against text"]
-    assert "| **0.2000 ± 0.1000** | " in vlm2rec.comparison(runs)               # p = .07: no star
+    assert [line.partition(",")[0] for line in compared(runs)[1].splitlines()] == ["- sft against text"]
+    assert "| **0.2000 ± 0.1000** | " in compared(runs)[0]                     # p = .07: no star
     (tmp_path / "many").mkdir()
     runs = {"sft": fake_runs(tmp_path / "many", "sft", [0.1], [9] * 99 + [8]),
             "text": fake_runs(tmp_path / "many", "text", [0.0], [50] * 100)}
-    assert vlm2rec.differences(runs).endswith("; p < 1e-9 over the users")     # and nothing of a single seed
+    assert compared(runs)[1].endswith("; p < 1e-9 over the users")     # and nothing of a single seed
 
 
 def spaces(users=50, items=130, seed=0):
@@ -1335,7 +1380,7 @@ def spaces(users=50, items=130, seed=0):
     targets = torch.randint(items, (users,), generator=generator).tolist()
     negatives = torch.tensor([data.draw_negatives(str(u), [t], items, "test", 0) for u, t in enumerate(targets)])
     histories = [[t] for t in targets]
-    return e, vlm2rec.Evaluation(list(range(users)), histories, torch.tensor(targets), negatives, histories)
+    return e, vlm2rec.Evaluation(histories, torch.tensor(targets), negatives, histories)
 
 
 def test_geometry_equals_the_loops_and_knows_the_constant_and_the_perfect_space():
@@ -1399,7 +1444,8 @@ def walkers(tmp_path, steps=8):
 def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(tmp_path, kind, vectors):
     domain = walkers(tmp_path)
     valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
-    model, best = vlm2rec.train_downstream(kind, domain, valid, vectors, "cpu", epochs=100, lr=5e-3, batch=32)
+    samples = vlm2rec.training_samples(domain, 10, 0, 0)
+    model, best = vlm2rec.train_downstream(kind, samples, valid, vectors, 120, "cpu", 0, 10, epochs=100, lr=5e-3)
     assert best["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
     assert isinstance(model.adapter, torch.nn.Linear) == (vectors is not None) and model.items().shape == (120, 128)
     if vectors is not None:                                         # they start at norm 1, and are trained
@@ -1419,15 +1465,16 @@ def test_downstream_models_train_on_the_latest_items_before_the_last_two(tmp_pat
         asked.append(sorted(targets.tolist())), cross_entropy(logits, targets))[1])
     config = vlm2rec.Config(method="gru4rec", history=4, train_users=32)
     vlm2rec.run_downstream(config, domain, None, "cpu", tmp_path)
-    users = vlm2rec.training_users(120, 32, seed=0)
-    assert len(set(users)) == 32 and asked[0] == asked[-1] == sorted(
-        item for user in users for item in domain.sequences[user][:-2][-5:][1:])
+    samples = vlm2rec.training_samples(domain, 4, 32, seed=0)
+    sequences = [[*earlier, target] for _, target, earlier in samples]
+    assert len(samples) == 32 and all(sequence in [s[:-2] for s in domain.sequences] for sequence in sequences)
+    assert asked[0] == asked[-1] == sorted(item for sequence in sequences for item in sequence[-5:][1:])
 
 
 def test_targets_are_counted_in_training_only(tmp_path):
     domain = walkers(tmp_path, steps=11)                            # 120 users x 9 of 11 items, evenly over 120 items
     test = vlm2rec.make_evaluation(domain, "test", 10, 0)
-    table = vlm2rec.by_frequency(domain, test, torch.ones(120))
+    table = vlm2rec.by_frequency(vlm2rec.training_counts(domain)[test.targets], torch.ones(120))
     assert [name.partition(" (")[0] for name in table] == ["targets seen 0 to 4", "targets seen 5 to 9",
                                                            "targets seen 10 to 19", "targets seen 20 times or more"]
     assert list(table)[1] == "targets seen 5 to 9 (120 users)"
@@ -1490,9 +1537,8 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
         for when, item in enumerate(random.Random(member).sample(range(6), 6))]))
     club = torch.tensor([int(item[1:]) // 6 for item in domain.item_ids])
     e = {"perfect": torch.eye(20)[club], "constant": torch.ones(120, 20), "random": torch.randn(120, 20)}
-    chance = vlm2rec.chance()
     valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
-    expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(chance.values())}
+    expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(CHANCE.values())}
     runs, tolerance = {}, {"perfect": 0, "constant": 0, "random": 0.09}   # three standard errors of 120 targets
     for name, vectors in e.items():                                                   # Task 1
         config = vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy")
@@ -1504,7 +1550,7 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
         for row in ours:
             scores = [float(score) for score in row.strip("| ").split(" | ")[1:]]
             assert scores == pytest.approx(expected[name], abs=tolerance[name]), row
-    best, last = vlm2rec.comparison(runs, "test_full").splitlines()[2:4]
+    best, last = compared(runs)[0].splitlines()[2:4]
     assert best.count("**1.0000**") == 4 and last.count(" 0.0000") == 4
     z = {name: torch.stack([vectors[history].mean(dim=0) for history in test.histories]) for name, vectors in e.items()}
     for name in e:                                                                     # Section 3
@@ -1516,8 +1562,9 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
     assert shape["constant"]["A_neg"] < 1e-6 and shape["constant"]["U"] == pytest.approx(0, abs=1e-6)
     assert shape["random"]["S"] == pytest.approx(1, abs=0.1) and shape["random"]["U"] < -3
     for kind in ("sasrec", "gru4rec"):                                                 # Task 2, too short for ids
-        models = {name: vlm2rec.train_downstream(kind, domain, valid, e[name], "cpu", epochs=2, batch=128)[0]
-                  for name in e}
+        samples = vlm2rec.training_samples(domain, 10, 0, 0)
+        models = {name: vlm2rec.train_downstream(kind, samples, valid, e[name], 120, "cpu", 0, 10, epochs=2,
+                                                 batch=128)[0] for name in e}
         found = {name: vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] for name, model in models.items()}
         assert found["perfect"] > 0.95 and found["random"] < 0.3 and found["constant"] < 0.1
 
@@ -1781,6 +1828,15 @@ def test_a_bad_flag_gets_one_clear_line(flags, expected, home, finished, tmp_pat
     errors = capsys.readouterr().err.strip().splitlines()
     assert len(errors) == 1 and expected in errors[0], errors
     assert not any(path.is_file() for path in (tmp_path / "out").rglob("*"))
+
+
+def test_help_explains_each_flag_and_what_the_downstream_models_ignore(capsys):
+    with pytest.raises(SystemExit):
+        command("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(field.metadata["help"][:30] in text for field in vlm2rec.dataclasses.fields(vlm2rec.Config))
+    assert "tiny brings --lr 0.001, --image-size 56" in text
+    assert "sasrec, gru4rec and mean-pool take --history and --train-users and ignore the others" in text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,22 +7,20 @@ weighs the negatives more for users with one weak modality, and keeps the neighb
 
     python vlm2rec.py --domain sample        # CPU, no download, about a minute
     python vlm2rec.py --domain toys          # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
-    python vlm2rec.py --help
 
 The first command prints, among other tables,
 
     | test | H@10 | N@10 | H@20 | N@20 |
     | chance | 0.0990 | 0.0450 | 0.1980 | 0.0697 |
     | popularity | 0.1876 | 0.0893 | 0.3415 | 0.1284 |
-    | before training | 0.1581 | 0.0733 | 0.2910 | 0.1067 |
     | vlm2rec | 0.6535 | 0.3855 | 0.7872 | 0.4195 |
 
 The protocol, leave-one-out (data.py):
-    target        the last item of a user's sequence for the test, the second to last for validation, the third to last
-                  for training: one training sample a user
+    target        test: the last item of a user's sequence; validation: the second to last; training: the third to last,
+                  so that each user is one training sample
     history       the latest 10 items before the target
-    negatives     in training the batch's other targets; in the evaluation 100 items outside the user's whole sequence,
-                  uniform, drawn once from a generator seeded by (seed, split, user)
+    negatives     training: the batch's other targets; evaluation: 100 items outside the user's whole sequence, uniform,
+                  drawn once from a generator seeded by (seed, split, user)
 
 Glossary, code -> paper:
     z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"] and z["fused"]
@@ -33,16 +31,11 @@ Glossary, code -> paper:
     B, L, D       users in a batch, tokens in a prompt, width of an embedding
     U, N, P       users and items in a ranking, tokens of a picture
 
-Where we differ: means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B; alpha and beta positive
-through softplus. What the paper leaves open is marked at its line and listed in the README.
-
-The method ends with the evaluation. Behind it: loading, caches and speed; the command line and a run; the paper's
-evidence.
+We take means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B. What the paper leaves open is
+marked at its line and listed in the README. The method ends with the evaluation; behind it come loading and speed, the
+command line, a run, and the paper's evidence.
 """
-from __future__ import annotations
-
 import argparse
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -54,7 +47,6 @@ import json
 import logging
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -78,9 +70,9 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import data
 from data import Domain, InputError
@@ -89,18 +81,15 @@ LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names w
 TITLE_TOKENS = 64  # a longer title is cut; the paper does not say
 BOTH = ("text", "vision")
 
-bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
-
 
 # Settings (Section 5.1.1) ---------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What `--method` chooses. Without a contrast and without topology the language model is not trained."""
+    """What `--method` chooses. Without a contrast and without topology nothing is trained."""
     modalities: tuple[str, ...]  # encoded one by one, then added; none: a downstream model, without an encoder
     contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
     topology: bool = False       # with lam * CRTR (Eq. 13)?
     stop_gradient: bool = True   # in Eq. 8
-
 
 METHODS = {
     "vlm2rec": Method(BOTH, "wpcl", topology=True),
@@ -118,11 +107,9 @@ METHODS = {
     "mean-pool": Method(()),                          # a history is the mean of its items' vectors
 }
 
-
-def option(default, help: str, least=None, most=2**31 - 1, **kwargs):
-    """A field of Config with its line in --help and, for a number, the values that it may take."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), **kwargs})
-
+def option(default, help: str, least: float | None = None, most: float = 2**31 - 1, choices: list | None = None):
+    """A field of Config with its line in --help and the values that it may take."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), "choices": choices})
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -150,8 +137,7 @@ class Config:
     lora_rank: int = option(16, "LoRA's rank", 1)
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank", 1)
     lora_dropout: float = option(0.2, "dropout in front of LoRA", 0, most=0.99)
-    checkpointing: str = option("on", "gradient checkpointing; off: same results, a third less work, more memory",
-                                choices=["on", "off"])
+    checkpointing: str = option("on", "off: same results, a third less work, more memory", choices=["on", "off"])
     train_users: int = option(0, "train on so many users, drawn by the seed (Table 7); 0: on all", 0)
     adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6); "
                           "{method} and {seed} in it are the run's, here and below")
@@ -170,13 +156,10 @@ class Prompt(NamedTuple):
     ids: list[int]
     pictures: list[int]
 
-
 class PromptBuilder:
-    """Builds P_T and P_V: the titles or the pictures in order, a newline between two, one closing token.
-
-    An item's prompt is the same with one entry. The formula of the template is missing from the text of the paper that
-    we have; this is the least that "minimal prompt construction" can mean. Every title is tokenised once.
-    """
+    """Builds P_T and P_V: the titles or the pictures in order, a newline between two, one closing token; for an item
+    the same with one entry. The paper's template is missing from the text that we have; this is the least that
+    "minimal prompt construction" can mean."""
 
     def __init__(self, tokenizer, titles: list[str], picture_tokens: int):
         encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)  # titles are text
@@ -201,27 +184,25 @@ class PromptBuilder:
 class Encoder:
     """Phi of Eq. 1: prompts in, the last token's state out.
 
-    Args:
-        vlm: a Qwen2_5_VLModel; LoRA may be put into it before or after.
-        tokenizer: the model's.
-        titles: of the N items.
-        features: (N, P, D), what the frozen vision tower makes of the N pictures; the tower itself is not used again.
+    It takes a Qwen2_5_VLModel, into which LoRA may be put before or after, its tokenizer, the titles of the N items,
+    and (N, P, D) features: what the frozen vision tower makes of their pictures. The tower is not used again.
     """
 
     def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
         self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
         self.prompt = PromptBuilder(tokenizer, titles, features.shape[1])
         side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])
-        self.grid = torch.tensor([[1, side, side]])  # time, height and width of a picture, in patches
-        self.tokens = 0                              # encoded so far, for the log
+        self.grid = torch.tensor([[1, side, side]])               # time, height and width of a picture, in patches
+        self.catalogue = [[item] for item in range(len(titles))]  # an item is encoded as a history of one
+        self.tokens = 0                                           # encoded so far, for the log
 
     def __call__(self, prompts: list[Prompt], bar_title: str = "") -> torch.Tensor:
         """Embeddings (n, D), float32, of n prompts of any length and modality (Eq. 1), in passes of similar length."""
         passes = list(batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]))
-        shown = bar(passes, bar_title, unit="pass", disable=None if bar_title else True)
-        states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in shown])
-        order = torch.tensor(list(itertools.chain(*passes))).argsort()                             # as they came
-        return states[to_device(order, self.device)]
+        visible = bar(passes, bar_title, unit="pass", disable=None if bar_title else True)
+        states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in visible])
+        order = torch.tensor(list(itertools.chain(*passes))).argsort()
+        return states[to_device(order, self.device)]                                               # as they came
 
     def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
         """Embeddings (B, D), float32, of B prompts, padded to the longest."""
@@ -255,12 +236,10 @@ class Encoder:
                 parts[modality] = self(prompts, f"embed {modality}").cpu()
         return fuse(parts)
 
-
 def last_token(states: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
     """The state of each prompt's last token, as its embedding (Eq. 1): (B, D), float32, from the final layer's states
     (B, L, D) and the places (B,) of the last tokens."""
     return states[torch.arange(len(last), device=states.device), last].float()
-
 
 def fuse(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
@@ -275,7 +254,6 @@ def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     z, e = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (z, e))
     return torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(e, dim=-1).T
 
-
 def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user; the diagonal is False.
 
@@ -285,14 +263,12 @@ def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     owned = torch.cat([targets[:, None], earlier], dim=1)                 # (B, 1 + H)
     return ~(owned[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
 
-
 def info_nce(sim: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_WPCL (Eq. 10) or, with weights (B,) of 1, L_SFT (Eq. 3): InfoNCE whose negatives count `weight` times, as a mean
-    over the batch; a user without a negative adds 0."""
+    """L_WPCL (Eq. 10) or, with weights (B,) of 1, L_SFT (Eq. 3): InfoNCE whose negatives count `weight` times, as a
+    mean over the batch; a user without a negative adds 0."""
     log_weight = torch.where(mask, weight.log()[:, None], -torch.inf)         # w * exp(x) = exp(x + log w)
     logits = sim / tau + log_weight.fill_diagonal_(0)
     return torch.nn.functional.cross_entropy(logits, torch.arange(len(sim), device=sim.device))
-
 
 def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """M_u,m (Eq. 6): how far the modality of `sim` sets each user's target above the mean of the negatives: (B,); 0
@@ -300,7 +276,6 @@ def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     count = mask.sum(dim=1)
     mean = (sim * mask).sum(dim=1) / count.clamp(min=1)
     return torch.where(count > 0, sim.diagonal() - mean, 0.0)
-
 
 def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
     """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, from the margins (B,) of both modalities.
@@ -312,11 +287,9 @@ def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gr
     weak = torch.minimum(margin_text, margin_vision)
     return (strong.detach() if stop_gradient else strong) - weak
 
-
 def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
     """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,) from a gap (B,) and positive scalars alpha and beta."""
     return 1 + beta * torch.nn.functional.softplus(alpha * gap)
-
 
 def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
     """L_CRTR (Eqs. 11-13): for each user, both modalities should rank the batch's targets alike. The mean over the
@@ -325,7 +298,6 @@ def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: f
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
     both_kl = (log_p_text.exp() - log_p_vision.exp()) * (log_p_text - log_p_vision)
     return both_kl.sum(dim=1).mean() / 2
-
 
 def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -349,10 +321,8 @@ def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch
 # Training (Sections 4.2.3, 5.1.1) -------------------------------------------------------------------------------------
 
 class Penalty(torch.nn.Module):
-    """The learnable alpha and beta of Eq. 9, positive through softplus; they start at 1, which the paper does not say.
-
-    They only fall: the loss grows with the weight, L = log(1 + w R), and the weight grows with both.
-    """
+    """The learnable alpha and beta of Eq. 9; we keep them positive through softplus and start them at 1. They only
+    fall: the loss, log(1 + w R) for a user, grows with the weight w, and the weight with both."""
 
     def __init__(self):
         super().__init__()
@@ -362,32 +332,28 @@ class Penalty(torch.nn.Module):
         alpha, beta = torch.nn.functional.softplus(self.raw)
         return alpha, beta
 
-
 def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
-    """Put LoRA, all that is trained, into the language layers; from now on the encoder encodes with it."""
+    """Put LoRA into the language layers; with alpha and beta it is all that is trained."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
     adapted = peft.get_peft_model(encoder.vlm, config)
-    for layer in adapted.modules():
-        if isinstance(layer, peft.tuners.lora.LoraLayer) and dropout:
-            layer.lora_dropout["default"] = Dropout(dropout)
+    for layer in lora_layers(adapted) if dropout else []:
+        layer.lora_dropout["default"] = Dropout(dropout)
     print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
     if checkpointing:
         encoder.vlm.language_model.activation_checkpointing_enable()
     return adapted
 
-
 def training_samples(domain: Domain, length: int, most: int, seed: int) -> list[tuple[list[int], int, list[int]]]:
-    """For each user (history, target, all items before the target); of at most `most` users, drawn by the seed (Table
-    7), unless it is 0."""
-    samples = [(*data.leave_one_out(sequence, "train", length), sequence[:-3]) for sequence in domain.sequences]
-    return [samples[user] for user in training_users(len(samples), most, seed)]
-
+    """(history, target, all items before the target) of each user or, unless `most` is 0, of so many (Table 7)."""
+    sequences = domain.sequences
+    if most:
+        sequences = random.Random(f"{seed} train users").sample(sequences, min(most, len(sequences)))
+    return [(*data.leave_one_out(sequence, "train", length), sequence[:-3]) for sequence in sequences]
 
 def shuffled_batches(users: int, batch: int, seed: int, epoch: int) -> list[list[int]]:
     """The users of an epoch in random order, B at a time; the last, incomplete batch is dropped."""
     order = torch.randperm(users, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
     return [order[k:k + batch] for k in range(0, users - batch + 1, batch)]
-
 
 def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
                tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -404,64 +370,56 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
         terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
     return loss, terms
 
-
 def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
     """Train the encoder's parameters `lora`, from the checkpoint in `folder` on if there is one; leave them as they
     were after the epoch with the best validation N@10, and return its scores."""
     method, penalty = METHODS[config.method], Penalty().to(encoder.device)
-    penalty.requires_grad_(config.penalty_lr > 0)
     optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = training_samples(domain, config.history, config.train_users, config.seed)
     valid = make_evaluation(domain, "valid", config.history, config.seed)
-    steps = len(samples) // config.batch                                                           # in an epoch
+    steps, settings = len(samples) // config.batch, (config.tau, config.tau_crtr, config.lam)      # in an epoch
     plan = ((epoch, users) for epoch in range(1, config.epochs + 1)
             for users in shuffled_batches(len(samples), config.batch, config.seed, epoch))
-    trained = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
-    done, best, kept = load_checkpoint(folder, trained) or (0, {"N@10": -1.0}, {})
-    log = Log(folder / LOG, encoder, config.batch, config.log_every, done, config.epochs * steps)
-    weights = config.tau, config.tau_crtr, config.lam
+    state = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
+    if (progress := load_checkpoint(folder, state)) is None:
+        scores = validate(encoder, method, domain, valid)                                          # epoch 0
+        progress = {"step": 0, "untrained": scores, "best": scores, "kept": copy.deepcopy(lora.state_dict())}
+    plan, log = itertools.islice(enumerate(plan, 1), progress["step"], None), Log(folder / LOG, encoder, config, steps)
     with stop_requests() as stop:
-        for step, (epoch, users) in itertools.islice(enumerate(plan, 1), done, None):
+        for step, (epoch, users) in bar(plan, "train", config.epochs * steps, initial=progress["step"], unit="step"):
             encoder.vlm.train()
             batch, (alpha, beta) = [samples[user] for user in users], penalty()
-            loss, terms = batch_loss(encoder, method, batch, alpha, beta, *weights)
+            loss, terms = batch_loss(encoder, method, batch, alpha, beta, *settings)
             loss.backward()
             terms["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in lora.parameters()])
             optimizer.step()
             optimizer.zero_grad()
             if config.gradients_every and step % config.gradients_every == 0:
-                log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *weights))
+                log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *settings))
             log.add(step, epoch, terms)
             if step % steps == 0:
-                log.write()
-                scores = validate(encoder, method, domain, valid, epoch)
-                if scores["N@10"] > best["N@10"]:
-                    best, kept = scores, copy.deepcopy(lora.state_dict())
+                scores = validate(encoder, method, domain, valid)
+                if scores["N@10"] > progress["best"]["N@10"]:
+                    progress |= {"best": scores, "kept": copy.deepcopy(lora.state_dict())}
             if step % steps == 0 or step % config.save_every == 0 or stop.is_set():
                 log.write()
-                save_checkpoint(folder, trained, step, best, kept)
+                save_checkpoint(folder, state, progress | {"step": step})
             if stop.is_set():
                 raise KeyboardInterrupt
-    log.close(steps)
-    lora.load_state_dict(kept)
-    return best
+    lora.load_state_dict(progress["kept"])
+    return progress["best"]
 
 
 # Evaluation (Section 5.1.3): leave-one-out, 100 negatives -------------------------------------------------------------
 
 def target_rank(target: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """The target's rank (U,) among others, 1 is best; a tie counts half, so that a constant score is a middling one.
-
-    Args:
-        target: (U,) scores of the targets, float32.
-        others: (U, C) scores of the other candidates; -inf does not compete.
-    Raises FloatingPointError if a score is NaN or infinite: it must not pass for a hit.
-    """
+    """The target's rank (U,), 1 is best, from its score (U,) and those of the others (U, C), of which -inf does not
+    compete. A tie counts half, so that a constant score is a middling one. Raises FloatingPointError if a score is NaN
+    or infinite: it must not pass for a hit."""
     if not (target.isfinite().all() and (others < torch.inf).all()):
         raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
     return 1 + (others > target[:, None]).sum(dim=1) + (others == target[:, None]).sum(dim=1) / 2
-
 
 def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
     """H@k and N@k for k = 10, 20 from ranks (U,), 1 is best; None if there are no users. With one target, the ideal DCG
@@ -473,21 +431,16 @@ def hits_and_ndcg(ranks: torch.Tensor) -> dict[str, float | None]:
         table[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item() if len(ranks) else None
     return table
 
-
 class Evaluation(NamedTuple):
-    """Histories, targets and candidates of a split: the same for every method with the same seed."""
-    users: list[int]
+    """Histories, targets and candidates of a split's U users: the same for every method with the same seed."""
     histories: list[list[int]]
     targets: torch.Tensor      # (U,)
     negatives: torch.Tensor    # (U, 100)
     sequences: list[list[int]]
 
     def rank(self, z: torch.Tensor, e: torch.Tensor, dot: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rank each user's target by cosine similarity, or the inner product (`dot`), of z (U, D) and e (N, D).
-
-        Returns:
-            (U,) ranks against the negatives, (U,) ranks against the catalogue without the user's other items.
-        """
+        """The ranks (U,) of the targets against the negatives, and (U,) against the catalogue without the user's other
+        items, by cosine similarity or inner product (`dot`) of z (U, D) and e (N, D)."""
         ranks, full = [], []
         for rows in torch.arange(len(z)).split(1024):
             scores = z[rows] @ e.T if dot else cosine(z[rows], e)                                  # (1024, N)
@@ -498,33 +451,31 @@ class Evaluation(NamedTuple):
             full.append(target_rank(target, scores))
         return torch.cat(ranks), torch.cat(full)
 
-
 def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evaluation:
     """All users for "test", at most 2,000 for "valid"."""
-    users = list(range(len(domain.user_ids)))
-    if split == "valid":
-        users = data.validation_users(len(users), seed)
+    everyone = range(len(domain.user_ids))
+    users = data.validation_users(len(everyone), seed) if split == "valid" else everyone
     sequences = [domain.sequences[user] for user in users]
     histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in sequences))
     negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed)
                  for user in users]
-    return Evaluation(users, list(histories), torch.tensor(targets), torch.tensor(negatives), sequences)
+    return Evaluation(list(histories), torch.tensor(targets), torch.tensor(negatives), sequences)
 
-
-def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation, epoch: int) -> dict[str, float]:
+def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation) -> dict[str, float]:
     """Embed the catalogue and the validation histories with the encoder as it is; H@k and N@k."""
-    e = encoder.embed([[item] for item in range(len(domain.item_ids))], method.modalities)
+    e = encoder.embed(encoder.catalogue, method.modalities)
     z = encoder.embed(valid.histories, method.modalities)
     scores = hits_and_ndcg(valid.rank(z["fused"], e["fused"])[0])
-    tqdm.write(f"epoch {epoch}: validation on {len(valid.users):,} users  {format_scores(scores)}")
+    tqdm.write(f"validation on {len(valid.targets):,} users: N@10 {scores['N@10']:.4f}, H@10 {scores['H@10']:.4f}")
     return scores
 
 
-# Loading, caches and speed --------------------------------------------------------------------------------------------
+# Loading and speed ----------------------------------------------------------------------------------------------------
 
 PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
 PADDING = 256                                 # tokens of padding in a forward pass that cost as much as another pass
 
+bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
 @contextlib.contextmanager
 def readable(what: str, remedy: str) -> Iterator[None]:
@@ -537,41 +488,30 @@ def readable(what: str, remedy: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{what}: {reason}; {remedy}") from None
 
-
-def model_readable(model: str) -> contextlib.AbstractContextManager:
-    """`readable` for a checkpoint."""
-    return readable(f"--model {model} cannot be loaded",
-                    "give a folder written by save_pretrained, a name on the hub, or tiny")
-
-
 def check_model(model: str, revision: str = "main") -> None:
     """Raise InputError if `model` cannot be found or is of another family; fetches its config only."""
-    with model_readable(model):
+    with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
         family = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).model_type
     if family != "qwen2_5_vl":
         raise InputError(f"--model {model} is of the family {family}; take a Qwen2.5-VL, such as {Config.model}")
 
-
 def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
-    """(vlm without lm_head, tokenizer, image processor) of a Qwen2.5-VL; bfloat16 on CUDA, float32 on a CPU.
-
-    Raises InputError if there is no such model, it is of another family or a part of it is missing.
-    """
+    """(vlm without lm_head, tokenizer, image processor) of a Qwen2.5-VL; bfloat16 on CUDA, float32 on a CPU. Raises
+    InputError if there is no such model or a part of it is missing."""
     check_model(model, revision)
-    source = dict(revision=revision, trust_remote_code=False)
+    source = dict(pretrained_model_name_or_path=model, revision=revision, trust_remote_code=False)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    with model_readable(model):
-        vlm, report = transformers.AutoModel.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **source)
-        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **source)  # no torchvision
+    with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
+        vlm, report = transformers.AutoModel.from_pretrained(dtype=dtype, use_safetensors=True,
+                                                             output_loading_info=True, **source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        processor = transformers.AutoImageProcessor.from_pretrained(backend="pil", **source)  # needs no torchvision
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if tokenizer.eos_token_id is None or pad != vlm.config.image_token_id:
             raise ValueError("its tokenizer has no end token, or another picture token than its config")
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
-
 
 def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
                   device: str = "cpu") -> Encoder:
@@ -581,14 +521,12 @@ def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path
     vlm.visual.to("meta")  # not needed again: its memory is free
     return Encoder(vlm, tokenizer, domain.titles, features)
 
-
 def load_adapter(encoder: Encoder, folder: str) -> None:
     """Put a trained adapter into the encoder. Raises InputError if there is none or it is of another model."""
     with readable(f"--adapter {folder} does not fit", "give the folder adapter/ of a run with the same --model"):
         if not Path(folder, "adapter_config.json").exists():
             raise ValueError("there is no adapter_config.json in it")
         peft.PeftModel.from_pretrained(encoder.vlm, folder)
-
 
 @torch.no_grad()
 def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
@@ -601,25 +539,19 @@ def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: i
         features[k:k + batch] = torch.stack(list(encoded)).cpu()
     return features
 
-
 def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: int) -> torch.Tensor:
-    """`encode_pictures` of a domain, kept in `folder`/features-<key>.safetensors and mapped from there.
-
-    The vision tower is frozen, so they are computed once, for every method and seed. The key covers the tower's
-    weights, the processor, the size and the domain's content.
-    """
+    """`encode_pictures` of a domain, kept in `folder`/features-<key>.safetensors and mapped from there. The tower is
+    frozen, so once is enough for all methods and seeds. The key covers its weights, the processor and the domain."""
     key = hashlib.blake2b(f"{domain.digest} {image_size} {processor.to_json_string()}".encode(), digest_size=8)
     for weight in vlm.visual.state_dict().values():
         key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
-    if not path.exists():
-        with data.lock(path, wait=True):
-            if not path.exists():  # another run may just have written it
-                features = encode_pictures(vlm, processor, domain.pictures, image_size)
-                with data.whole_file(path) as partial:
-                    safetensors.torch.save_file({"features": features}, partial)
+    with data.lock(path, wait=True):  # of several runs that start together, one encodes
+        if not path.exists():
+            features = encode_pictures(vlm, processor, domain.pictures, image_size)
+            with data.whole_file(path) as partial:
+                safetensors.torch.save_file({"features": features}, partial)
     return safetensors.torch.load_file(path)["features"]
-
 
 def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens, and
@@ -635,44 +567,41 @@ def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
     if rows:
         yield rows
 
-
 def pad(sequences: Sequence[list[int]], value: int) -> torch.Tensor:
     """(B, L) from B lists, padded on the right."""
     return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), batch_first=True, padding_value=value)
 
-
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the CPU on `device`, without waiting for what the device is still computing."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
 
 class Dropout(torch.nn.Dropout):
     """Dropout whose mask costs a quarter as much on a CPU, where torch draws one number at a time: 16 bits of it decide
     an element here."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x with a share p of its elements set to 0 and the others divided by 1 - p."""
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
         kept = bits[:x.numel()].view(x.shape) >= round(self.p * 2**16) - 2**15
         return x * kept / (1 - self.p)
 
+def lora_layers(vlm) -> list[torch.nn.Module]:
+    return [layer for layer in vlm.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
 
 @contextlib.contextmanager
 def folded_lora(vlm) -> Iterator[None]:
     """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
     the bit. Not in bfloat16, which would round small updates away."""
-    layers = [layer for layer in vlm.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)
-              and not layer.disable_adapters and layer.weight.dtype == torch.float32]
-    weights = [layer.weight.data for layer in layers]
-    for layer in layers:
-        layer.weight.data = layer.weight.data.clone()
+    layers = [(layer, layer.weight.data) for layer in lora_layers(vlm)
+              if not layer.disable_adapters and layer.weight.dtype == torch.float32]
+    for layer, weight in layers:
+        layer.weight.data = weight.clone()
         layer.merge()
     try:
         yield
     finally:
-        for layer, weight in zip(layers, weights):
+        for layer, weight in layers:
             layer.unmerge()
             layer.weight.data = weight
 
@@ -681,112 +610,94 @@ def folded_lora(vlm) -> Iterator[None]:
 
 DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  # what the choice of a domain or of a
 MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
+GOOD_MODEL = "give a folder written by save_pretrained, a name on the hub, or tiny"
 
+def parse_config(argv: list[str] | None = None) -> list[Config]:
+    """The command line as a Config for each method, --embeddings and seed."""
+    brings = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
+              for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()]]
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="; ".join([
+        *brings, "of the flags for the encoder and its training, sasrec, gru4rec and mean-pool take --history and "
+        "--train-users and ignore the others"]))
+    for field in dataclasses.fields(Config):
+        several, choices = field.name in ("method", "embeddings"), field.metadata["choices"]
+        kind = {"action": "store_true"} if field.type is bool else {
+            "type": field.type, "choices": choices, "nargs": "+" if several else None,
+            "metavar": "name" if several else None if choices else field.type.__name__}
+        parser.add_argument(flag(field.name), default=[field.default] if several else field.default, **kind,
+                            help=f"{field.metadata['help']} (default: {field.default})")
+    parser.add_argument("--seeds", type=int, default=1, metavar="int", help="so many from --seed on (default: 1)")
+    for defaults, name in ((DOMAIN_DEFAULTS, "domain"), (MODEL_DEFAULTS, "model")):
+        parser.set_defaults(**defaults.get(getattr(parser.parse_args(argv), name), {}))
+    flags = vars(parser.parse_args(argv))
+    if (seeds := flags.pop("seeds")) < 1:
+        raise InputError(f"--seeds {seeds}: it has to be at least 1")
+    configs = []
+    for method, file, seed in itertools.product(flags["method"], flags["embeddings"], range(seeds)):
+        run = {"method": method, "seed": flags["seed"] + seed, "embeddings": file}
+        for name in ("adapter", "embeddings"):
+            run[name] = (flags | run)[name].replace("{method}", method).replace("{seed}", str(run["seed"]))
+        configs.append(check_config(Config(**flags | run)))
+    return list(dict.fromkeys(configs))
 
-def check_config(config: Config) -> None:
+def flag(name: str) -> str:
+    """A field of Config as the command line calls it."""
+    return "--" + name.replace("_", "-")
+
+def check_config(config: Config) -> Config:
     """Raise InputError, with the flag's name, for values that make no sense alone or together."""
     for field in dataclasses.fields(Config):
         value, (least, most) = getattr(config, field.name), field.metadata["range"]
         if least is not None and not least <= value <= most:
             raise InputError(f"{flag(field.name)} {value}: it has to be at least {least} and at most {most}")
-    method = METHODS[config.method]
+    modalities, *training = METHODS[config.method][:3]
     if config.image_size % 28:
         raise InputError(f"--image-size {config.image_size}: a token covers 28 pixels, take a multiple such as 168")
     if config.method == "mean-pool" and not config.embeddings:
         raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
-    if config.embeddings and method.modalities:
+    if config.embeddings and modalities:
         raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {config.method}")
-    if config.adapter and not (method.contrast or method.topology):
+    if config.adapter and not any(training):
         raise InputError(f"--adapter is for a method that trains one, not for --method {config.method}")
-
-
-def flag(name: str) -> str:
-    """The flag of a field of Config."""
-    return "--" + name.replace("_", "-")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """A parser that leaves out what the command line does not say."""
-    brings = (f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
-              for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()])
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                                     description=__doc__.split("\n\n")[1], epilog="; ".join(brings))
-    for field in dataclasses.fields(Config):
-        text = f"{field.metadata['help']} (default: {field.default})"
-        if field.type == "bool":
-            parser.add_argument(flag(field.name), action="store_true", help=text)
-            continue
-        choices, several = field.metadata.get("choices"), field.name in ("method", "embeddings")
-        parser.add_argument(flag(field.name), help=text, choices=choices, nargs="+" if several else None,
-                            type={"str": str, "int": int, "float": float}[field.type],
-                            metavar="name" if several else None if choices else field.type)
-    parser.add_argument("--seeds", type=int, metavar="int", help="so many seeds in a row, from --seed on (default: 1)")
-    return parser
-
-
-def parse_config(argv: list[str] | None = None) -> list[Config]:
-    """The command line as a Config for each method and seed. A flag wins over what the model brings along, that over
-    what the domain does."""
-    flags = vars(build_parser().parse_args(argv))
-    by_domain = DOMAIN_DEFAULTS.get(flags.get("domain", Config.domain), {})
-    by_model = MODEL_DEFAULTS.get((by_domain | flags).get("model"), {})
-    common = dataclasses.asdict(Config()) | by_domain | by_model | flags
-    seeds, methods, files = (common.pop("seeds", 1), flags.get("method", [Config.method]),
-                             flags.get("embeddings", [Config.embeddings]))
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: it has to be at least 1")
-    configs = []
-    for method, file, seed in itertools.product(dict.fromkeys(methods), dict.fromkeys(files), range(seeds)):
-        seed += common["seed"]
-        fill = lambda path: path.replace("{method}", method).replace("{seed}", str(seed))
-        configs.append(Config(**common | {"method": method, "seed": seed, "embeddings": fill(file),
-                                          "adapter": fill(common["adapter"])}))
-        check_config(configs[-1])
-    return configs
+    return config
 
 
 # A run: its log, its checkpoint, its folder ---------------------------------------------------------------------------
 
 LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"  # in the folder of a run
 
-
 class Log:
-    """log.jsonl and the progress bar: a line every `every` steps, with the mean of each term since the last one.
+    """log.jsonl: a line every --log-every steps and at the end of an epoch, with the mean of each term since the last
+    one. Until then the values stay on the device, so that no step waits for them."""
 
-    The values stay on the device until a line is due, so that no step waits for them. Raises FloatingPointError then,
-    with the first bad step, if one of them is not finite.
-    """
-
-    def __init__(self, path: Path, encoder: Encoder, batch: int, every: int, done: int, steps: int):
-        self.path, self.encoder, self.batch, self.every, self.steps = path, encoder, batch, every, steps
-        self.pending, self.seconds, self.measured = [], 0.0, 0     # seconds for so many steps
-        self.bar = bar(total=steps, initial=done, desc="train", unit="step")
-        self.clock, self.tokens = time.perf_counter(), encoder.tokens
+    def __init__(self, path: Path, encoder: Encoder, config: Config, steps: int):
+        self.path, self.encoder, self.config, self.steps = path, encoder, config, steps  # steps in an epoch
+        self.pending, self.clock, self.tokens = [], time.perf_counter(), encoder.tokens
 
     def add(self, step: int, epoch: int, terms: dict[str, torch.Tensor]) -> None:
-        """Note the terms (scalars) of a step."""
+        """Note a step's terms (scalars)."""
         self.step, self.epoch, self.names = step, epoch, list(terms)
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
-        self.bar.update()
-        if step % self.every == 0:
+        if step % self.config.log_every == 0 or step % self.steps == 0:
             self.write()
 
     def write(self) -> None:
-        """Write the line for the steps since the last one, if there are any; time between two calls without a step in
-        between is not counted."""
+        """Write the line for the steps since the last one, if there are any, and start the clock again. Raises
+        FloatingPointError, with the first bad step, if a value is not finite."""
         if self.pending:
-            values = torch.stack(self.pending).cpu()                                  # (steps, terms)
-            if (bad := ~values.isfinite().all(dim=1)).any():
-                first = int(bad.int().argmax())
+            values = torch.stack(self.pending).cpu()                                               # (steps, terms)
+            if not (finite := values.isfinite().all(dim=1)).all():
+                first = int(finite.int().argmin())
                 raise FloatingPointError(f"step {self.step - len(values) + first + 1} is the first that is not finite: "
                                          f"{dict(zip(self.names, values[first].tolist()))}; lower --lr or raise --tau")
-            seconds, users = time.perf_counter() - self.clock, len(values) * self.batch
-            self.seconds, self.measured = self.seconds + seconds, self.measured + len(values)
             means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
-            self.append({"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(users / seconds, 2),
-                         "tokens_per_s": round((self.encoder.tokens - self.tokens) / seconds),
+            seconds = (time.perf_counter() - self.clock) / len(values)                             # for a step
+            self.append({"step": self.step, "epoch": self.epoch, **means,
+                         "users_per_s": round(self.config.batch / seconds, 2),
+                         "tokens_per_s": round((self.encoder.tokens - self.tokens) / len(values) / seconds),
                          "peak_gib": round(peak_gib(values.device.type), 3),
-                         "minutes_left": round((self.steps - self.step) * seconds / len(values) / 60, 1)})
+                         "epoch_minutes": round(seconds * self.steps / 60, 3),
+                         "minutes_left": round(seconds * (self.config.epochs * self.steps - self.step) / 60, 1)})
         self.pending, self.clock, self.tokens = [], time.perf_counter(), self.encoder.tokens
 
     def append(self, line: dict[str, float]) -> None:
@@ -795,44 +706,31 @@ class Log:
             file.write(json.dumps(line) + "\n")
         tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
-    def close(self, steps: int) -> None:
-        """Say how long an epoch of so many steps took."""
-        self.bar.close()
-        if self.measured:
-            print(f"{self.seconds / self.measured * steps / 60:.3g} minutes per epoch of training")
-
-
-def save_checkpoint(folder: Path, trained: dict, step: int, best: dict, kept: dict) -> None:
-    """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all.
-
-    Args:
-        trained: what has a state_dict, by name; best, kept: the best epoch's scores on validation, and its LoRA.
-    """
-    content, gpu = io.BytesIO(), torch.cuda.is_initialized()
-    torch.save({name: part.state_dict() for name, part in trained.items()} | {
-        "step": step, "best": best, "kept": kept, "log": (folder / LOG).stat().st_size,
-        "random": torch.get_rng_state(), "random_gpu": torch.cuda.get_rng_state() if gpu else None}, content)
+def save_checkpoint(folder: Path, state: dict, progress: dict) -> None:
+    """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all. `state`
+    holds, by name, what has a state_dict."""
+    content = io.BytesIO()  # a full disk has to show in our own write, as an OSError
+    torch.save({"state": {name: part.state_dict() for name, part in state.items()}, "progress": progress,
+                "log": (folder / LOG).stat().st_size, "random": torch.get_rng_state(),
+                "random_gpu": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}, content)
     with data.whole_file(folder / CHECKPOINT) as partial:
         partial.write_bytes(content.getbuffer())
 
-
-def load_checkpoint(folder: Path, trained: dict) -> tuple[int, dict, dict] | None:
-    """Go back to the checkpoint: its step, best and kept, or None if there is none. Raises InputError if it is
-    damaged."""
+def load_checkpoint(folder: Path, state: dict) -> dict | None:
+    """Go back to the checkpoint and return its progress, None if there is none. Raises InputError if it is damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
         return None
     with readable(f"{path} is damaged", "--restart begins anew"):
         saved = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in trained.items():
-            part.load_state_dict(saved[name])
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
         torch.set_rng_state(saved["random"])
         if saved["random_gpu"] is not None:
             torch.cuda.set_rng_state(saved["random_gpu"])
         os.truncate(folder / LOG, saved["log"])
-        print(f"going on after step {saved['step']}")
-        return saved["step"], saved["best"], saved["kept"]
-
+        print(f"going on after step {saved['progress']['step']}")
+    return saved["progress"]
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
@@ -850,35 +748,42 @@ def stop_requests() -> Iterator[threading.Event]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-
 def peak_gib(device: str) -> float:
     """The most memory held so far in GiB, on the GPU or by this process; NaN where it is not known."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
-
-def training_users(users: int, most: int, seed: int) -> list[int]:
-    """The users to train on (Table 7): at most `most`, drawn by the seed; all of them if it is 0."""
-    return random.Random(f"{seed} train users").sample(range(users), min(most, users)) if most else list(range(users))
-
-
 def settings_of(config: Config, domain: Domain, device: str) -> dict:
     """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
-    def digest(paths) -> str:
+    def digest(*paths: Path) -> str:
         content = b"".join(path.read_bytes() for path in sorted(paths) if path.is_file())
         return hashlib.blake2b(content, digest_size=16).hexdigest()
 
-    versions = {package.__name__: package.__version__ for package in (torch, transformers, peft)}
     inputs = Path(config.adapter).glob("adapter_*") if config.adapter else [Path(config.embeddings)]
-    return {**dataclasses.asdict(config), "device": device, "python": platform.python_version(),
-            "pillow": PIL.__version__, **versions, "data_digest": domain.digest,
-            "source_digest": digest([Path(__file__), Path(data.__file__)]), "given_digest": digest(inputs)}
+    return {**dataclasses.asdict(config), "device": device, "python": sys.version.split()[0],
+            **{package.__name__: package.__version__ for package in (torch, transformers, peft, PIL)},
+            "data_digest": domain.digest, "source_digest": digest(Path(__file__), Path(data.__file__)),
+            "given_digest": digest(*inputs)}
 
+def same_run(folder: Path, settings: dict) -> bool:
+    """Is there a run in `folder`? Raises InputError, which names what differs, if its settings are not these, apart
+    from where things lie and from the source, of which a change is said."""
+    path = folder / "config.json"
+    if not path.exists():
+        return False
+    with readable(f"{path} is damaged", "--restart replaces the run, another --out leaves it alone"):
+        before = dict(json.loads(path.read_text("utf-8")))
+    differing = [name for name, value in settings.items() if before.get(name) != value]
+    if "source_digest" in differing:
+        print(f"note: {folder} was begun with another version of vlm2rec.py or data.py")
+    free = {"domain", "data_dir", "mirror", "out", "restart", "source_digest"}
+    if told := [f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in differing if name not in free]:
+        raise InputError(f"{folder} holds a run with other settings: {'; '.join(told)}. --restart replaces it, "
+                         "another --out leaves it alone")
+    return True
 
 def run_name(config: Config) -> str:
     """What tells a run's folder and its row in a table from others of its domain."""
@@ -887,7 +792,6 @@ def run_name(config: Config) -> str:
         path = Path(config.embeddings).resolve()
         name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
     return name
-
 
 def set_up(config: Config) -> tuple[Domain, Path, str, str]:
     """The domain, its folder, the model and the device of a run, prepared if need be; says what they are."""
@@ -905,39 +809,13 @@ def set_up(config: Config) -> tuple[Domain, Path, str, str]:
         raise InputError(f"{domain.name}: {users} users to train on, less than one --batch of {config.batch}")
     return domain, folder, model, device
 
-
-def same_run(folder: Path, settings: dict) -> bool:
-    """Is there a run in `folder`? Raises InputError, which names what differs, if its settings are not these, apart
-    from where things lie."""
-    path = folder / "config.json"
-    if not path.exists():
-        return False
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        before = {}
-    differing = [f"{name} was {before.get(name)!r}, now {value!r}" for name, value in settings.items()
-                 if before.get(name) != value and name not in ("domain", "data_dir", "mirror", "out", "restart")]
-    if differing:
-        raise InputError(f"{folder} holds a run with other settings: {'; '.join(differing)}. --restart replaces it, "
-                         "another --out leaves it alone")
-    return True
-
-
-def begin_run(folder: Path, settings: dict) -> None:
-    """Empty the folder and write config.json."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_json(folder / "config.json", settings)
-
-
 def run(config: Config) -> Path:
     """Train and evaluate one method with one seed, or go on with it, or show its table if that is there already; return
-    its folder. Raises InputError, which names what differs, if the folder holds a run with other settings."""
+    its folder."""
     domain, source, model, device = set_up(config)
     folder = Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
-    settings, vectors, encoder = settings_of(config, domain, device), None, None
-    with locked(folder):
+    settings, encoder, vectors = settings_of(config, domain, device), None, None
+    with data.lock(folder):
         goes_on = not config.restart and same_run(folder, settings)
         if goes_on and (table := folder / TABLE).exists():  # the last file that a run writes
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
@@ -950,67 +828,42 @@ def run(config: Config) -> Path:
         elif config.embeddings:
             vectors = read_vectors(Path(config.embeddings), domain, source)
         if not goes_on:
-            begin_run(folder, settings)
-        tables = (run_embedder(config, domain, encoder, folder) if encoder else
-                  run_downstream(config, domain, vectors, device, folder))
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            write_text(folder / "config.json", json.dumps(settings, indent=1))
+        tables = (run_embedder(config, domain, encoder, folder) if encoder
+                  else run_downstream(config, domain, vectors, device, folder))
         write_text(folder / TABLE, tables)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{tables}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
     return folder
 
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder if need be and keep other processes that ask for the same out of it while the block runs; the lock
-    dies with the process. Raises InputError if another one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise InputError(f"{folder}: another run is at work there; let it end, or take another --out") from None
-    finally:
-        if fcntl:
-            os.close(handle)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing was written
-
-
 def run_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
     """Train if the method does and no adapter was given, score the test split, write the results into `folder` and
     return their tables."""
-    method, rows = METHODS[config.method], {}
-    catalogue = [[item] for item in range(len(domain.item_ids))]
-    test = make_evaluation(domain, "test", config.history, config.seed)
-    trains = not config.adapter and (method.contrast or method.topology)
-    if trains:
+    method, test = METHODS[config.method], make_evaluation(domain, "test", config.history, config.seed)
+    if config.adapter or not (method.contrast or method.topology):
+        valid = validate(encoder, method, domain, make_evaluation(domain, "valid", config.history, config.seed))
+    else:
         torch.manual_seed(config.seed)
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
                            config.checkpointing == "on")
         lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
         valid = train(encoder, lora, domain, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        with adapted.disable_adapter():
-            untrained = [encoder.embed(items, method.modalities)["fused"] for items in (test.histories, catalogue)]
-            rows["before training"] = hits_and_ndcg(test.rank(*untrained)[0])
     clock = time.perf_counter()
-    e = encoder.embed(catalogue, method.modalities)
+    e = encoder.embed(encoder.catalogue, method.modalities)
     print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
           f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
-    if not trains:
-        valid = validate(encoder, method, domain, make_evaluation(domain, "valid", config.history, config.seed), 0)
     spaces = {space: e[space] for space in (*BOTH, "fused") if space in e}
     safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
     z = encoder.embed(test.histories, method.modalities)
-    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid, rows)
+    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid)
     contact_sheet(folder / "recommendations.png", domain, test, z, e)
     if len(method.modalities) == 2:
         tables += "\n\n" + as_table({"N@10 of": queries(z, e, test)}) + "\n\n" + as_table(
             {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z})
     return tables
-
 
 def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str, folder: Path) -> str:
     """`run_embedder` for a model of item ids or of given item vectors."""
@@ -1019,61 +872,53 @@ def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None,
         means = [torch.stack([vectors[history].mean(dim=0) for history in split.histories]) for split in (test, valid)]
         ranks, scores = test.rank(means[0], vectors), hits_and_ndcg(valid.rank(means[1], vectors)[0])
     else:
-        model, scores = train_downstream(config.method, domain, valid, vectors, device, config.seed, config.history,
-                                         config.train_users)
+        samples = training_samples(domain, config.history, config.train_users, config.seed)
+        model, scores = train_downstream(config.method, samples, valid, vectors, len(domain.item_ids), device,
+                                         config.seed, config.history)
         ranks = model.rank(test)
-    return write_results(folder, config, domain, test, *ranks, scores, {})
-
+    return write_results(folder, config, domain, test, *ranks, scores)
 
 def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
-                  full: torch.Tensor, valid: dict, rows: dict[str, dict]) -> str:
-    """Write ranks.csv and metrics.json, as README.md describes them; return the tables, `rows` among them."""
-    lines = [[domain.user_ids[user], domain.item_ids[item], f"{rank:g}", f"{rank_full:g}"] for user, item, rank,
-             rank_full in zip(test.users, test.targets.tolist(), ranks.tolist(), full.tolist())]
-    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], lines)
+                  full: torch.Tensor, valid: dict) -> str:
+    """Write ranks.csv and metrics.json, as README.md describes them; return the tables."""
+    columns = domain.user_ids, [domain.item_ids[item] for item in test.targets], ranks.tolist(), full.tolist()
+    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
+                   [[user, item, f"{rank:g}", f"{rank_full:g}"] for user, item, rank, rank_full in zip(*columns)])
     untied, name = ~torch.tensor(domain.tied), run_name(config)
     scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
               "test_untied": hits_and_ndcg(ranks[untied])}
-    write_json(folder / "metrics.json", {
+    write_text(folder / "metrics.json", json.dumps({
         "domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
-        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid})
-    return as_table({"chance": chance(), "popularity": popularity(domain, test)} | rows | {
+        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid}, indent=1))
+    seen = training_counts(domain)
+    return as_table({
+        "chance": hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2)),
+        "popularity": hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives])),
         name: scores["test"],
         f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
         f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"]}, "test") + "\n\n" + as_table(
-        by_frequency(domain, test, ranks))
-
-
-def chance() -> dict[str, float]:
-    """What a random order of the target and the negatives scores on average."""
-    return hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2))
-
+        by_frequency(seen[test.targets], ranks))
 
 def training_counts(domain: Domain) -> torch.Tensor:
     """(N,) how many users have each item before their validation target."""
     items = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
     return items.bincount(minlength=len(domain.item_ids)).float()
 
-
-def popularity(domain: Domain, test: Evaluation) -> dict[str, float]:
-    """What it scores to rank by the number of interactions before the validation target."""
-    count = training_counts(domain)
-    return hits_and_ndcg(target_rank(count[test.targets], count[test.negatives]))
-
-
-def format_scores(scores: dict[str, float | None]) -> str:
-    """H@10 .1234  N@10 .0678 ..."""
-    return "  ".join(f"{name} {'-' if value is None else f'{value:.4f}'}" for name, value in scores.items())
-
+def by_frequency(seen: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict]:
+    """H@k and N@k by how often each target was seen before the users' last two items (Fig. 3), both (U,)."""
+    rows = {}
+    for low, high, words in ((0, 4, "0 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 1e9, "20 times or more")):
+        inside = (low <= seen) & (seen <= high)
+        rows[f"targets seen {words} ({int(inside.sum()):,} users)"] = hits_and_ndcg(ranks[inside])
+    return rows
 
 def as_table(rows: dict[str, dict], title: str = "") -> str:
     """Named rows of scores as Markdown; a score that does not exist is a dash."""
     columns = list(next(iter(rows.values())))
-    text = lambda value: "-" if value is None else f"{value:.4f}"
-    lines = [[title, *columns], ["---"] * (1 + len(columns)),
-             *([name, *(text(scores[column]) for column in columns)] for name, scores in rows.items())]
+    text = lambda cell: "-" if cell is None else cell if isinstance(cell, str) else f"{cell:.4f}"
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(text(row[column]) for column in columns)] for name, row in rows.items()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
 
 def write_text(path: Path, text: str) -> None:
     """Write lines of UTF-8, which appear when they are whole."""
@@ -1081,13 +926,7 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """Write readable JSON, which appears when it is whole."""
-    write_text(path, json.dumps(content, indent=1))
-
-
-# The paper's evidence: tables over methods and seeds (Tables 2, 5), modality collapse (Section 3), cold start (Fig. 3),
-# item vectors of others and downstream models (Table 4) ---------------------------------------------------------------
+# The paper's evidence: methods over seeds (Tables 2, 5), collapse (Section 3), vectors of others, Task 2 (Table 4) ----
 
 def paired_t_test(a: list[float], b: list[float]) -> float:
     """The two-sided p of a paired t-test; NaN for fewer than two pairs, 1 if no pair differs."""
@@ -1100,98 +939,71 @@ def paired_t_test(a: list[float], b: list[float]) -> float:
     t_squared = mean**2 / variance * len(a)
     return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t_squared), regularized=True))
 
-
-def read_scores(runs: dict[str, list[Path]], part: str = "test") -> dict[str, dict[str, list[float]]]:
-    """{method: {metric: a value for each seed}} from a part of the runs' metrics.json."""
-    scores = {method: [json.loads((folder / "metrics.json").read_text("utf-8"))[part] for folder in folders]
-              for method, folders in runs.items()}
-    return {method: {metric: [row[metric] for row in rows] for metric in chance()} for method, rows in scores.items()}
-
-
-def reference(scores: dict[str, dict[str, list[float]]]) -> str:
-    """The method that a table compares with the others: vlm2rec or, without it, the one with the best N@10."""
-    return "vlm2rec" if "vlm2rec" in scores else max(scores, key=lambda method: statistics.mean(scores[method]["N@10"]))
-
-
-def comparison(runs: dict[str, list[Path]], part: str = "test") -> str:
-    """Several methods over the same seeds, as Markdown: mean ± standard deviation (ddof 1), the best of a column in
-    bold, the second underlined, a star where the reference (see there) differs from the best other method with p < .05
-    in a paired t-test over the seeds."""
-    scores = read_scores(runs, part)
-    ours, cells = reference(read_scores(runs)), {method: [] for method in runs}
-    for metric in chance():
-        ranked = sorted(runs, key=lambda method: -statistics.mean(scores[method][metric]))
-        rivals = [method for method in ranked if method != ours]
-        for method in runs:
-            values = scores[method][metric]
-            text = f"{statistics.mean(values):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-            text = text.join({0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", "")))
-            if method == ours and rivals and paired_t_test(values, scores[rivals[0]][metric]) < 0.05:
-                text += " *"
-            cells[method].append(text)
-    lines = [[f"{part}, {seed_range(runs)}", *chance()], ["---"] * 5]
-    lines += [[method, *row] for method, row in cells.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def seed_range(runs: dict[str, list[Path]]) -> str:
-    """The seeds that a table is over, as its heading and its file name say it."""
-    first, last = (next(iter(runs.values()))[k].name.rpartition("-")[2] for k in (0, -1))
-    return first if first == last else f"{first}-{last.removeprefix('seed')}"
-
-
-def user_gains(folders: list[Path]) -> dict[str, float]:
-    """Each test user's N@10, as a mean over the runs in `folders`."""
-    gains = collections.defaultdict(list)
-    for folder in folders:
-        for _, user, rank in data.read_csv(folder / "ranks.csv", ("user_id", "rank")):
-            gains[user].append(1 / math.log2(1 + float(rank)) if float(rank) <= 10 else 0.0)
-    return {user: statistics.mean(values) for user, values in gains.items()}
-
-
-def differences(runs: dict[str, list[Path]]) -> str:
-    """The reference against each other method, in N@10: the mean difference per user with its standard error, and p in
-    paired t-tests over the users and over the seeds."""
-    scores, lines = read_scores(runs), []
-    ours, gains = reference(scores), {method: user_gains(folders) for method, folders in runs.items()}
-    for method in (method for method in runs if method != ours):
-        difference = [gain - gains[method][user] for user, gain in gains[ours].items()]
-        error = statistics.stdev(difference) / math.sqrt(len(difference))
-        better, worse = (sum(sign * d > 0 for d in difference) / len(difference) for sign in (1, -1))
-        p = max(paired_t_test(difference, [0.0] * len(difference)), 1e-9)  # smaller ones are rounding
-        lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(difference):+.4f} ± {error:.4f} "
-                     f"(standard error, {len(difference):,} users), better for {better:.0%}, worse for {worse:.0%}; "
-                     f"p = {p:.1g} over the users, "
-                     f"{paired_t_test(scores[ours]['N@10'], scores[method]['N@10']):.2g} over the seeds")
-    return "\n".join(lines).replace("p = 1e-09", "p < 1e-9").replace(", nan over the seeds", "")
-
-
 def write_comparison(runs: dict[str, list[Path]]) -> None:
     """Print the tables over methods and seeds, and write them beside the runs."""
-    text = "\n\n".join([comparison(runs), comparison(runs, "test_full"), comparison(runs, "valid"),
-                        differences(runs)]).strip()
-    path = next(iter(runs.values()))[0].parent / f"{'-'.join(runs)}-{seed_range(runs)}.md"
+    results = {method: [json.loads((folder / "metrics.json").read_text("utf-8")) for folder in folders]
+               for method, folders in runs.items()}
+    first, *_, last = [result["seed"] for result in next(iter(results.values()))] * 2
+    seeds = f"seed{first}" if first == last else f"seed{first}-{last}"
+    tables = [comparison(results, part, seeds) for part in ("test", "test_full", "valid")]
+    text = "\n\n".join([*tables, differences(runs, results)]).strip()
+    path = next(iter(runs.values()))[0].parent / f"{'-'.join(runs)}-{seeds}.md"
     write_text(path, text)
     print(f"\n{text}\n\nwrote {path}")
 
+def reference(results: dict[str, list[dict]]) -> str:
+    """The method that a table compares with the others: vlm2rec or, without it, the one with the best N@10."""
+    score = lambda method: statistics.mean(result["test"]["N@10"] for result in results[method])
+    return "vlm2rec" if "vlm2rec" in results else max(results, key=score)
+
+def comparison(results: dict[str, list[dict]], part: str, seeds: str) -> str:
+    """Several methods over the same seeds: mean ± standard deviation (ddof 1), the best of a column bold, the second
+    underlined, a star where `reference` differs from the best other method, p < .05 in a paired t-test over seeds."""
+    rows, ours = {method: {} for method in results}, reference(results)
+    for metric in results[ours][0][part]:
+        values = {method: [result[part][metric] for result in row] for method, row in results.items()}
+        ranked = sorted(values, key=lambda method: -statistics.mean(values[method]))
+        rival = next((method for method in ranked if method != ours), ours)
+        for method, row in values.items():
+            cell = f"{statistics.mean(row):.4f}" + (f" ± {statistics.stdev(row):.4f}" if len(row) > 1 else "")
+            rows[method][metric] = cell.join({0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", "")))
+        if paired_t_test(values[ours], values[rival]) < 0.05:
+            rows[ours][metric] += " *"
+    return as_table(rows, f"{part}, {seeds}")
+
+def differences(runs: dict[str, list[Path]], results: dict[str, list[dict]]) -> str:
+    """The reference against each other method, in N@10: the mean difference per user with its standard error, and p in
+    paired t-tests over the users and over the seeds."""
+    ours, lines = reference(results), []
+    gains = {method: user_gains(folders) for method, folders in runs.items()}
+    seeds = {method: [result["test"]["N@10"] for result in row] for method, row in results.items()}
+    for method in (method for method in runs if method != ours):
+        per_user = [our - their for our, their in zip(gains[ours], gains[method])]
+        better, worse = (sum(sign * gain > 0 for gain in per_user) / len(per_user) for sign in (1, -1))
+        p = max(paired_t_test(gains[ours], gains[method]), 1e-9)  # smaller ones are rounding
+        lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(per_user):+.4f} ± "
+                     f"{statistics.stdev(per_user) / math.sqrt(len(per_user)):.4f} (standard error, {len(per_user):,} "
+                     f"users), better for {better:.0%}, worse for {worse:.0%}; p = {p:.1g} over the users, "
+                     f"{paired_t_test(seeds[ours], seeds[method]):.2g} over the seeds")
+    return "\n".join(lines).replace("p = 1e-09", "p < 1e-9").replace(", nan over the seeds", "")
+
+def user_gains(folders: list[Path]) -> list[float]:
+    """Each test user's N@10, as a mean over the runs in `folders`, in the order of their ranks.csv."""
+    ranks = [[float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))] for folder in folders]
+    gain = lambda rank: 1 / math.log2(1 + rank) if rank <= 10 else 0.0
+    return [statistics.mean(map(gain, user)) for user in zip(*ranks)]
 
 def queries(z: dict, e: dict, test: Evaluation) -> dict[str, float]:
     """N@10 when the histories of one space look for the items of another (Fig. 1a: f2f, t2f, v2f), and each modality
     by itself (t2t, v2v)."""
-    pairs = {"f2f": ("fused", "fused"), "t2f": ("text", "fused"), "v2f": ("vision", "fused"),
-             "t2t": ("text", "text"), "v2v": ("vision", "vision")}
-    return {name: hits_and_ndcg(test.rank(z[query], e[item])[0])["N@10"] for name, (query, item) in pairs.items()}
-
+    spaces = {"f": "fused", "t": "text", "v": "vision"}
+    return {f"{query}2{item}": hits_and_ndcg(test.rank(z[spaces[query]], e[spaces[item]])[0])["N@10"]
+            for query, item in ("ff", "tf", "vf", "tt", "vv")}
 
 def geometry(z: torch.Tensor, e: torch.Tensor, targets: torch.Tensor, negatives: torch.Tensor) -> dict[str, float]:
-    """A_pos, A_neg, U and S of a space on unit vectors (Table 1, Eqs. 4, 5).
-
-    Args:
-        z: (U, D) users; e: (N, D) items; targets: (U,) items; negatives: (U, 100) items, the sampler P_n.
-    Returns:
-        Mean squared distances to the target and to the negatives, the logarithm of the mean of exp(-2 distance^2) over
-        all pairs of a user and an item (P_u), and A_neg / A_pos.
-    """
+    """A_pos, A_neg, U and S (Table 1, Eqs. 4, 5) of a space of users z (U, D) and items e (N, D), on unit vectors: mean
+    squared distances to the targets (U,) and to the negatives (U, 100), our P_n; the logarithm of the mean of
+    exp(-2 distance^2) over all pairs of a user and an item, our P_u; and A_neg / A_pos."""
     parts = []
     for rows in torch.arange(len(z)).split(1024):
         distance = 2 - 2 * cosine(z[rows], e)                                                  # squared, (1024, N)
@@ -1201,33 +1013,19 @@ def geometry(z: torch.Tensor, e: torch.Tensor, targets: torch.Tensor, negatives:
     a_pos, a_neg, near = torch.cat(parts, dim=1).mean(dim=1).tolist()
     return {"A_pos": a_pos, "A_neg": a_neg, "U": math.log(near), "S": a_neg / (a_pos + 1e-12)}
 
-
-def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], alpha: torch.Tensor, beta: torch.Tensor,
-                     tau: float, tau_crtr: float, lam: float) -> dict[str, float]:
+def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], *args) -> dict[str, float]:
     """cos(g_total, g_T) and cos(g_total, g_V) (Fig. 1b): the method's gradient beside that of InfoNCE on one modality
-    alone, for the batch that was just trained on, without dropout, over all of LoRA."""
+    alone, for the batch that was just trained on, without dropout, over all of LoRA. `args` are batch_loss's last."""
     for layer in encoder.vlm.modules():  # eval() would switch checkpointing off too
         if isinstance(layer, torch.nn.Dropout):
             layer.eval()
     lora, gradients = [weight for weight in encoder.vlm.parameters() if weight.requires_grad], []
     for of in (method, *(METHODS[modality] for modality in BOTH)):
-        loss, _ = batch_loss(encoder, of, batch, alpha, beta, tau, tau_crtr, lam)
+        loss, _ = batch_loss(encoder, of, batch, *args)
         gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, lora)]))
     encoder.vlm.train()
-    total, *alone = gradients
-    return {f"cos_{modality}": torch.cosine_similarity(total, gradient, dim=0).item()
-            for modality, gradient in zip(BOTH, alone)}
-
-
-def by_frequency(domain: Domain, test: Evaluation, ranks: torch.Tensor) -> dict[str, dict]:
-    """H@k and N@k by how often the target occurs in the training split: all but the last two items of each user, also
-    of those who were not trained on (Fig. 3)."""
-    often, rows = training_counts(domain)[test.targets], {}
-    for low, high, words in ((0, 4, "0 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 1e9, "20 times or more")):
-        inside = (often >= low) & (often <= high)
-        rows[f"targets seen {words} ({int(inside.sum()):,} users)"] = hits_and_ndcg(ranks[inside])
-    return rows
-
+    return {f"cos_{modality}": torch.cosine_similarity(gradients[0], gradient, dim=0).item()
+            for modality, gradient in zip(BOTH, gradients[1:])}
 
 def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
     """Item vectors (N, D), float32, from .safetensors (its tensor "fused", or the only one) or .npy. They stand in the
@@ -1247,22 +1045,19 @@ def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
                              f"needed, in the order of {'its item_ids' if ids else folder / 'items.csv'}")
         if lacking := [item for item in domain.item_ids if item not in place]:
             raise ValueError(f"it has no vector for item {lacking[0]!r}: is it of another domain?")
-        tensor = tensor[[place[item] for item in domain.item_ids]].float()
         if not tensor.isfinite().all():
             raise ValueError("it holds values that are not finite")
-    return tensor
-
+        return tensor[[place[item] for item in domain.item_ids]].float()
 
 class SequenceRecommender(torch.nn.Module):
-    """SASRec (self-attention) or GRU4Rec over item ids (Table 2), or, given item vectors (N, D), initialised with them
-    through one linear adapter to d (Task 2, Table 4). The paper does not say more; we make the vectors' norm 1, and
-    train them too."""
+    """SASRec or GRU4Rec over item ids (Table 2) or, given item vectors (N, D), initialised with them through one linear
+    adapter to d (Task 2, Table 4). The paper does not say more; we make the vectors' norm 1, and train them too."""
 
-    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, d: int = 128, length: int = 10,
+    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, length: int = 10, d: int = 128,
                  dropout: float = 0.5):
         super().__init__()
+        self.table, self.adapter = torch.nn.Embedding(items, d), torch.nn.Identity()
         if vectors is None:
-            self.table, self.adapter = torch.nn.Embedding(items, d), torch.nn.Identity()
             torch.nn.init.normal_(self.table.weight, std=0.02 if kind == "sasrec" else d ** -0.5)  # by validation
         else:
             self.table = torch.nn.Embedding.from_pretrained(torch.nn.functional.normalize(vectors, dim=1), freeze=False)
@@ -1285,9 +1080,9 @@ class SequenceRecommender(torch.nn.Module):
         states = self.adapter(self.table(sequences))
         if self.kind == "gru4rec":
             return self.body(self.dropout(states))[0]
-        places = torch.arange(sequences.shape[1], device=sequences.device)
-        mask = torch.nn.Transformer.generate_square_subsequent_mask(len(places), device=sequences.device)
-        return self.body(self.dropout(states + self.position(places)), mask=mask, is_causal=True)
+        states = states + self.position.weight[:sequences.shape[1]]
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(sequences.shape[1], device=sequences.device)
+        return self.body(self.dropout(states), mask=mask, is_causal=True)
 
     @torch.no_grad()
     def rank(self, evaluation: Evaluation) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1297,18 +1092,15 @@ class SequenceRecommender(torch.nn.Module):
         z = last_token(states, torch.tensor([len(history) - 1 for history in evaluation.histories])).cpu()
         return evaluation.rank(z, self.items().cpu(), dot=True)
 
-
-def train_downstream(kind: str, domain: Domain, valid: Evaluation, vectors: torch.Tensor | None, device: str,
-                     seed: int = 0, length: int = 10, train_users: int = 0, epochs: int = 200, patience: int = 20,
-                     lr: float = 1e-3, batch: int = 32) -> tuple:
-    """Train a SequenceRecommender on the latest `length` + 1 items before each user's last two, by cross-entropy over
-    the catalogue. Returns it after the epoch with the best validation N@10, and that epoch's scores."""
+def train_downstream(kind: str, samples: list[tuple], valid: Evaluation, vectors: torch.Tensor | None, items: int,
+                     device: str, seed: int, length: int, epochs: int = 200, patience: int = 20, lr: float = 1e-3,
+                     batch: int = 32) -> tuple[SequenceRecommender, dict]:
+    """Train a SequenceRecommender on the histories and targets of `training_samples`, by cross-entropy over the
+    catalogue after every item. Returns it after the epoch with the best validation N@10, and that epoch's scores."""
     torch.manual_seed(seed)
-    model = SequenceRecommender(kind, len(domain.item_ids), vectors, length=length).to(device)
+    model = SequenceRecommender(kind, items, vectors, length).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    sequences = [domain.sequences[user][:-2][-length - 1:]
-                 for user in training_users(len(domain.sequences), train_users, seed)]
-    best, waited = {"N@10": -1.0}, 0
+    sequences, best, waited = [[*history, target] for history, target, _ in samples], {"N@10": -1.0}, 0
     for epoch in bar(range(1, epochs + 1), f"train {kind}"):
         model.train()
         for users in shuffled_batches(len(sequences), min(batch, len(sequences)), seed, epoch):
@@ -1327,13 +1119,12 @@ def train_downstream(kind: str, domain: Domain, valid: Evaluation, vectors: torc
     model.load_state_dict(kept)
     return model, best
 
-
 def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict, users: int = 4,
                   side: int = 72) -> None:
     """A picture of recommendations: for some users the latest items of the history and the one bought next, then the
     top five of each space among all items that the user did not buy before; a hit is framed."""
     rows = []
-    for user in range(0, len(test.users), max(1, len(test.users) // users))[:users]:
+    for user in range(0, len(test.targets), max(1, len(test.targets) // users))[:users]:
         target = int(test.targets[user])
         rows += [("history", test.histories[user][-5:], None), ("bought next", [target], None)]
         for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
@@ -1388,7 +1179,6 @@ def main(argv: list[str] | None = None) -> int:
         message, code = "\nstopped; the same command goes on", 130
     print(message, file=sys.stderr)
     return code
-
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
