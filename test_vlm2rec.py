@@ -218,6 +218,24 @@ def test_negative_mask_by_hand():
     assert not vlm2rec.negative_mask(torch.tensor([4, 4]), torch.tensor([[1], [2]])).any()
 
 
+def test_a_single_negative_is_enough_for_a_margin_and_a_loss():
+    sim, mask = torch.tensor([[0.9, 0.4], [0.2, 0.6]]), torch.tensor([[False, True], [False, False]])
+    assert vlm2rec.discriminative_margin(sim, mask).tolist() == pytest.approx([0.5, 0])
+    loss = vlm2rec.info_nce(sim, mask, torch.tensor([2.0, 2.0]), 0.5)
+    assert loss.item() == pytest.approx(math.log(1 + 2 * math.exp(-1)) / 2)    # a mean over both users
+
+
+def test_the_logged_gap_and_weight_are_means_over_the_batch(batch):
+    tensors, mask = batch
+    z, e = ({name: tensors[f"{side}_{name}"] for name in ("text", "vision")} for side in "ze")
+    _, terms = vlm2rec.objective(vlm2rec.METHODS["vlm2rec"], vlm2rec.fuse(z), vlm2rec.fuse(e), mask,
+                                 tensors["alpha"], tensors["beta"], TAU, TAU_CRTR, LAM)
+    margins = [vlm2rec.discriminative_margin(vlm2rec.cosine(z[m], e[m]), mask) for m in ("text", "vision")]
+    gaps = [abs(t - v) for t, v in zip(margins[0].tolist(), margins[1].tolist())]
+    assert terms["gap"].item() == pytest.approx(sum(gaps) / B)
+    assert terms["weight"].item() == pytest.approx(sum(1 + 0.7 * math.log(1 + math.exp(1.3 * g)) for g in gaps) / B)
+
+
 def test_users_without_negatives_add_no_loss_and_no_gradient():
     sim, weight = torch.rand(2, 2, requires_grad=True), torch.tensor([2.0, 3.0], requires_grad=True)
     loss = vlm2rec.info_nce(sim, torch.zeros(2, 2, dtype=torch.bool), weight, 0.1)
@@ -290,9 +308,6 @@ def test_hits_and_ndcg_by_hand():
     assert vlm2rec.hits_and_ndcg(torch.tensor([]))["N@10"] is None
 
 
-CHANCE = vlm2rec.hits_and_ndcg(torch.arange(1, 102))  # of 101 candidates in a random order
-
-
 def score(kind, users=2000, items=400):
     """Both rankings of `users` whose embeddings are an oracle's, constant, random or NaN."""
     generator = torch.Generator().manual_seed(0)
@@ -308,16 +323,26 @@ def score(kind, users=2000, items=400):
 
 def test_an_oracle_is_perfect_and_a_random_order_is_at_chance():
     assert all(value == 1 for table in score("oracle") for value in table.values())
-    assert CHANCE == pytest.approx({"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}, abs=5e-5)
-    assert score("random")[0] == pytest.approx(CHANCE, abs=0.02)  # 3 standard errors at 2,000 users
+    assert vlm2rec.CHANCE == pytest.approx({"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}, abs=5e-5)
+    assert score("random")[0] == pytest.approx(vlm2rec.CHANCE, abs=0.02)  # 3 standard errors at 2,000 users
 
 
 def test_a_constant_scorer_is_no_better_than_chance_and_nan_stops():
     """A `(others > target).sum()` would put both at the top."""
     for table in score("constant"):
-        assert all(value <= CHANCE[name] for name, value in table.items())
+        assert all(value <= vlm2rec.CHANCE[name] for name, value in table.items())
     with pytest.raises(FloatingPointError, match="not finite"):
         score("nan")
+
+
+def test_the_verdict_says_how_many_times_better_or_warns():
+    score = lambda value: {"N@10": value}
+    good = vlm2rec.verdict("sft", score(0.4), score(0.1), score(0.3), score(0.06))
+    assert good == "sft: N@10 0.4000, 4.00 times popularity, 5.00 times the untrained model (validation)"
+    for test, valid in ((0.09, 0.3), (0.4, 0.06)):
+        said = vlm2rec.verdict("sft", score(test), score(0.1), score(valid), score(0.06))
+        assert "\nwarning: no better than that; usual reasons: random weights, too few users, an unfit --lr" in said
+    assert "warning" not in vlm2rec.verdict("sasrec", score(0.2), score(0.1), score(0.2), None)
 
 
 def test_the_full_ranking_leaves_out_the_users_other_items():
@@ -1001,6 +1026,31 @@ def test_features_are_computed_once_and_again_when_the_pictures_change(home, tmp
     assert torch.equal(vlm2rec.cached_features(tmp_path, vlm, processor, domain, 56), features)  # half of it is not it
 
 
+def test_of_several_processes_that_want_the_same_features_one_encodes(home, tmp_path, monkeypatch, capsys):
+    """Threads stand for processes: each has its own handle of the lock's file."""
+    domain, calls, encode = data.read_domain(home / "domains" / "sample"), [], vlm2rec.encode_pictures
+    vlm, _, processor = vlm2rec.load_vlm(str(home / "domains" / "tiny-qwen2.5-vl"))
+    monkeypatch.setattr(vlm2rec, "encode_pictures", lambda *args: (calls.append(1), time.sleep(0.5), encode(*args))[2])
+    threads = [threading.Thread(target=vlm2rec.cached_features, args=(tmp_path, vlm, processor, domain, 56))
+               for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1 and capsys.readouterr().out.count("waiting for another process") == 2
+    assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_pictures_keep_their_ratio_on_a_white_ground(home, tmp_path):
+    vlm, _, processor = vlm2rec.load_vlm(str(home / "domains" / "tiny-qwen2.5-vl"))
+    wide, square = Image.new("RGB", (56, 28), "red"), Image.new("RGB", (56, 56), "white")
+    square.paste(wide, (0, 14))
+    for name, picture in (("wide", wide), ("square", square), ("squashed", wide.resize((56, 56)))):
+        picture.save(tmp_path / f"{name}.png")
+    encode = lambda name: vlm2rec.encode_pictures(vlm, processor, [tmp_path / f"{name}.png"], 56)
+    assert torch.equal(encode("wide"), encode("square")) and not torch.equal(encode("wide"), encode("squashed"))
+
+
 def test_one_batch_can_be_overfitted(encoder):
     adapted, one, losses = vlm2rec.add_lora(encoder, 8, 16, 0.0, False), torch.tensor(1.0), []
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
@@ -1036,11 +1086,11 @@ def finished(home):
 
 def test_a_run_writes_what_the_design_says(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        "adapter", "config.json", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv",
-        "recommendations.png", "table.md"]
+        "adapter", "config.json", "dropped.csv", "items.safetensors", "log.jsonl", "metrics.json", "ranks.csv",
+        "recommendations.png", "table.md", "users.safetensors"]
     metrics = json.loads((finished / "metrics.json").read_text())
     assert list(metrics) == ["domain", "method", "seed", "model", "users", "items",
-                             "test", "test_full", "test_untied", "valid"]
+                             "test", "test_full", "test_untied", "valid", "popularity", "untrained"]
     assert (metrics["domain"], metrics["method"], metrics["seed"], metrics["model"]) == ("sample", "vlm2rec", 0, "tiny")
     rows = rows_of(finished, "ranks.csv")
     assert len(rows) == metrics["users"]
@@ -1059,6 +1109,25 @@ def test_a_run_writes_what_the_design_says(finished):
     assert config["image_size"] == 56 and config["lora_rank"] == 16
     assert {"torch", "transformers", "peft", "data_digest", "source_digest"} < set(config)
     assert len(list(finished.parent.glob("features-*.safetensors"))) == 1
+    table = (finished / "table.md").read_text()
+    assert table.startswith(f"vlm2rec: N@10 {metrics['test']['N@10']:.4f}, ")
+    for row in ("| chance | 0.0990 ", "| popularity |", "| before training, validation |", "| vlm2rec, validation |"):
+        assert row in table
+    mode = (finished / "config.json").stat().st_mode                # what the umask allows, for others too
+    assert all(path.stat().st_mode == mode for path in finished.parent.rglob("*") if path.is_file())
+    assert "PeftModel.from_pretrained" in (finished / "adapter" / "README.md").read_text()
+
+
+def test_users_safetensors_holds_the_test_histories(finished):
+    """Whoever has both files can score: the cosines give ranks.csv."""
+    with safetensors.safe_open(finished / "users.safetensors", "pt") as file:
+        z, users = file.get_tensor("fused"), json.loads(file.metadata()["user_ids"])
+    with safetensors.safe_open(finished / "items.safetensors", "pt") as file:
+        e, items = file.get_tensor("fused"), json.loads(file.metadata()["item_ids"])
+    for row in rows_of(finished, "ranks.csv")[::50]:
+        scores = vlm2rec.cosine(z[users.index(row[0])][None], e)[0]
+        better = int((scores > scores[items.index(row[1])]).sum())
+        assert float(row[3]) <= 1 + better <= float(row[3]) + 12    # the full rank leaves out the user's other items
 
 
 def test_the_target_is_the_users_last_item_and_in_no_history(finished, home):
@@ -1093,6 +1162,7 @@ def test_the_other_methods(home, finished, method, capsys):
     table = capsys.readouterr().out
     for row in ("| chance | 0.0990 | 0.0450 |", "| popularity |", f"| {method} |", "wrote runs"):
         assert row in table
+    assert max(map(len, table.splitlines())) <= 100
     if method != "vanilla":
         terms = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
         assert {"infonce", "wpcl", "crtr", "alpha"} & set(terms) == {
@@ -1176,12 +1246,12 @@ def test_another_version_of_the_source_is_said_and_blocks_nothing(finished, home
 def test_the_best_epoch_is_kept_and_the_untrained_model_is_a_candidate(home, tmp_path, monkeypatch):
     """Validation says .3, then .2, then .4: after two epochs the second is kept; after one, what was there before."""
     def weights_after(epochs, scores):
-        monkeypatch.setattr(vlm2rec, "validate", lambda *args: {"N@10": scores.pop(0)})
+        monkeypatch.setattr(vlm2rec, "validate", lambda *args: dict.fromkeys(vlm2rec.CHANCE, scores.pop(0)))
         with contextlib.chdir(home):
             assert command("--epochs", epochs, "--train-users", 80, "--method", "sft",
                            "--out", tmp_path / str(epochs)) == 0
         folder = tmp_path / str(epochs) / "sample" / "sft-seed0"
-        assert json.loads((folder / "metrics.json").read_text())["valid"] == {"N@10": {1: 0.3, 2: 0.4}[epochs]}
+        assert json.loads((folder / "metrics.json").read_text())["valid"]["N@10"] == {1: 0.3, 2: 0.4}[epochs]
         weights = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
         return [weight for name, weight in weights.items() if "lora_B" in name]
     assert not any(weight.any() for weight in weights_after(1, [0.3, 0.2]))    # LoRA's B is 0 before the first step
@@ -1241,6 +1311,140 @@ def test_of_two_runs_in_one_folder_the_second_leaves_the_first_alone(finished, h
     assert "another run is at work there" in capsys.readouterr().err and contents(finished) == before
 
 
+def test_of_processes_that_start_on_one_run_together_one_makes_it(calm, home, tmp_path):
+    """The others are refused, and touch nothing: what comes out is what a single one makes."""
+    processes = [start(home, tmp_path) for _ in range(3)]
+    said = [process.communicate()[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 2, 2]
+    assert sum("another run is at work there" in text for text in said) == 2
+    assert contents(tmp_path / "sample" / "vlm2rec-seed0") == calm[0]
+
+
+def test_only_what_a_run_writes_is_ever_replaced(finished, home, tmp_path, capsys):
+    folder = tmp_path / "sample" / finished.name
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    flags = ["--method", "vlm2rec", *BRIEF, "--out", tmp_path]
+    with contextlib.chdir(home):
+        assert command(*flags) == 0 and (folder / "notes.txt").read_text() == "mine"
+        metrics, config = (folder / "metrics.json").read_bytes(), (folder / "config.json").read_bytes()
+        (folder / "config.json").unlink()
+        assert command(*flags) == 2 and "no config.json" in capsys.readouterr().err
+        assert (folder / "metrics.json").read_bytes() == metrics
+        (folder / "config.json").write_text("null")
+        assert command(*flags) == 2 and "config.json is damaged" in capsys.readouterr().err
+        (folder / "config.json").write_bytes(config)
+        (folder / "adapter" / "mine.txt").write_text("too")
+        assert command(*flags, "--restart", "--epochs", 1) == 0
+    assert (folder / "notes.txt").exists() and (folder / "adapter" / "mine.txt").exists()
+
+
+def test_what_changes_no_number_does_not_block_a_resume_nor_does_a_run_that_came_to_nothing(
+        calm, home, tmp_path, monkeypatch, capsys):
+    batch_loss, calls = vlm2rec.batch_loss, []
+    folder = tmp_path / "sample" / "vlm2rec-seed0"
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return batch_loss(*args)
+    flags = ["--epochs", 2, "--out", tmp_path, "--method", "sft", "--log-every"]
+    folder = tmp_path / "sample" / "sft-seed0"
+    with contextlib.chdir(home):
+        monkeypatch.setattr(vlm2rec, "batch_loss", interrupted)
+        assert command(*flags, 3, "--lr", "3e-3") == 130             # no checkpoint was due
+        assert len((folder / "log.jsonl").read_text().splitlines()) == 4
+        calls.clear()
+        assert command(*flags, 5, "--lr", "2e-3", "--save-every", 10) == 130
+        assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [5, 10]
+        assert command(*flags, 5, "--lr", "1e-3", "--save-every", 10) == 2      # now there is something to lose
+        assert "lr was 0.002, now 0.001" in capsys.readouterr().err
+        monkeypatch.setattr(vlm2rec, "batch_loss", batch_loss)
+        assert command(*flags, 4, "--lr", "2e-3", "--save-every", 20, "--checkpointing", "off") == 0
+    assert "going on after step 10" in capsys.readouterr().out
+
+
+def test_ctrl_c_while_torch_is_imported_ends_without_a_traceback(tmp_path):
+    for seconds in (0.3, 1.0, 2.0):
+        process = subprocess.Popen([sys.executable, HERE / "vlm2rec.py"], cwd=tmp_path, text=True,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.communicate()[1] and process.returncode == 130
+
+
+def test_a_terminal_that_knows_ascii_only_gets_the_tables(finished, home, tmp_path):
+    process = subprocess.run([sys.executable, HERE / "vlm2rec.py", "--method", "mean-pool", "--embeddings",
+                              finished / "items.safetensors", "--seeds", "2", "--out", tmp_path], cwd=home,
+                             capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0 and rb"\xb1" in process.stdout
+
+
+@pytest.mark.parametrize("spoil, expected", [
+    (lambda weights: dict(list(weights.items())[::2]), "lacks tensors"),
+    (lambda weights: weights | {"base_model.model.language_model.layers.9.lora_A.weight": torch.ones(1)}, "has others"),
+    (lambda weights: {name: weight * math.nan for name, weight in weights.items()}, "not finite"),
+    (None, "no LoRA in it"),
+    ("IA3", "no LoRA in it"),
+])
+def test_an_adapter_that_is_damaged_or_of_another_kind_gets_one_line(spoil, expected, finished, home, tmp_path, capsys):
+    shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    if callable(spoil):
+        safetensors.torch.save_file(spoil(safetensors.torch.load_file(path)), path, {"format": "pt"})
+    elif spoil:
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(
+            {"peft_type": spoil, "target_modules": config["target_modules"], "feedforward_modules": []}))
+    else:
+        torch.save({"pickled": object}, path.with_suffix(".bin"))     # a pickle is never opened
+        path.unlink()
+    with contextlib.chdir(home):
+        assert command("--adapter", tmp_path / "adapter", "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error and len(error.splitlines()) == 1
+
+
+def test_damaged_files_of_a_run_are_named_with_a_remedy(finished, home, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished.parent, tmp_path / "sample")
+    features = next((tmp_path / "sample").glob("features-*"))
+    features.write_bytes(features.read_bytes()[:1000])
+    with contextlib.chdir(home):
+        assert command("--method", "vanilla", "--out", tmp_path) == 2
+    assert f"{features} is damaged: " in (error := capsys.readouterr().err) and "; delete it" in error
+    assert len(error.strip().splitlines()) == 1
+    folder = tmp_path / "sample" / finished.name
+    (folder / "table.md").unlink()                                    # as if it had not ended
+    torch.save({"weights": torch.ones(3)}, folder / "checkpoint.pt")  # of something else
+    features.unlink()
+    with contextlib.chdir(home):
+        assert command(*BRIEF, "--out", tmp_path) == 2
+    assert "checkpoint.pt is damaged: " in (error := capsys.readouterr().err) and len(error.strip().splitlines()) == 1
+
+
+def test_recommend_gives_the_ten_nearest_new_items_of_a_finished_run(finished, home, tmp_path, capsys):
+    with safetensors.safe_open(finished / "items.safetensors", "pt") as file:
+        e, ids = file.get_tensor("fused"), json.loads(file.metadata()["item_ids"])
+    history = [ids[5], ids[17], ids[42]]
+    with contextlib.chdir(home):
+        assert command(*BRIEF, "--recommend", *history) == 0
+        shown = [line.split() for line in capsys.readouterr().out.splitlines()[-10:]]
+        assert command(*BRIEF, "--recommend", "no-such-item") == 2
+        assert "--recommend no-such-item: sample has no such item" in capsys.readouterr().err
+        assert command(*BRIEF, "--recommend", *history, "--out", tmp_path) == 2
+        assert "--recommend needs a finished run" in capsys.readouterr().err
+        domain = data.read_domain("domains/sample")
+        encoder = vlm2rec.build_encoder(domain, "domains/tiny-qwen2.5-vl", 56, "cache")
+        vlm2rec.load_adapter(encoder, finished / "adapter")
+    scores = vlm2rec.cosine(encoder.embed([[5, 17, 42]], ("text", "vision"))["fused"], e)[0]
+    scores[[5, 17, 42]] = -1
+    assert [row[2] for row in shown] == [ids[item] for item in scores.topk(10).indices]
+    assert [float(row[1]) for row in shown] == pytest.approx(scores.topk(10).values.tolist(), abs=1e-4)
+    assert Image.open(finished / "recommended.png").size[0] > 400
+    (finished / "recommended.png").unlink()
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, home, tmp_path):
     """A limit on the size of a file stands for the disk: the second checkpoint does not fit, the first one stays."""
     folder = tmp_path / "sample" / "vlm2rec-seed0"
@@ -1253,7 +1457,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on_later(calm, 
     code = (f"import resource, sys; sys.path.insert(0, {str(HERE)!r}); import vlm2rec; "
             "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); sys.exit(vlm2rec.main(sys.argv[1:]))")
     process = subprocess.run([sys.executable, "-c", code, "--epochs", "2", "--lr", "3e-3", "--log-every", "3",
-                              "--save-every", "10", "--gradients-every", "10", "--out", tmp_path], cwd=home, capture_output=True, text=True)
+                              "--save-every", "10", "--gradients-every", "10", "--out", tmp_path], cwd=home,
+                             capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.strip().endswith(f"File too large: '{folder / 'checkpoint.pt'}'")
     assert (folder / "checkpoint.pt").read_bytes() == kept and not list(tmp_path.rglob("*.part"))
     assert start(home, tmp_path).wait() == 0
@@ -1338,8 +1543,8 @@ def fake_runs(folder, method, scores, ranks):
     folders = []
     for seed, value in enumerate(scores):
         folders.append(folder / f"{method}-seed{seed}")
-        folders[-1].mkdir()
-        columns = dict.fromkeys(CHANCE, value)
+        folders[-1].mkdir(parents=True)
+        columns = dict.fromkeys(vlm2rec.CHANCE, value)
         (folders[-1] / "metrics.json").write_text(json.dumps({"seed": seed, "test": columns}))
         data.write_csv(folders[-1] / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
                        [[f"u{k}", "i", rank, rank] for k, rank in enumerate(ranks)])
@@ -1358,9 +1563,10 @@ def test_the_comparison_by_hand(tmp_path):
             "vlm2rec": fake_runs(tmp_path, "vlm2rec", [0.2, 0.31, 0.4], [1, 1, 50]),
             "text": fake_runs(tmp_path, "text", [0.0, 0.0, 0.0], [1, 2, 50])}
     rows = [row.split(" | ") for row in compared(runs)[0].splitlines()]
-    assert rows[0] == ["| test, seed0-2", *list(CHANCE)[:3], "N@20 |"]
-    assert rows[2][:2] == ["| sft", "<u>0.2000 ± 0.1000</u>"] and rows[4][:2] == ["| text", "0.0000 ± 0.0000"]
-    assert rows[3][:2] == ["| vlm2rec", "**0.3033 ± 0.1002** *"]               # differences .1 .11 .1: p = .001
+    assert rows[0] == ["| test, seed0-2", *list(vlm2rec.CHANCE)[:3], "N@20 |"]
+    assert rows[2][:2] == ["| chance", "0.0990"]
+    assert rows[3][:2] == ["| sft", "<u>0.2000 ± 0.1000</u>"] and rows[5][:2] == ["| text", "0.0000 ± 0.0000"]
+    assert rows[4][:2] == ["| vlm2rec", "**0.3033 ± 0.1002** *"]               # differences .1 .11 .1: p = .001
     against_sft = compared(runs)[1].splitlines()[0]
     difference = (1 - 1 / math.log2(3)) / 3                                    # one user of three is better
     assert f"{difference:+.4f} ± {difference:.4f}" in against_sft and "better for 33%, worse for 0%" in against_sft
@@ -1368,7 +1574,10 @@ def test_the_comparison_by_hand(tmp_path):
     del runs["vlm2rec"]                                                        # then the best is the reference
     assert [line.partition(",")[0] for line in compared(runs)[1].splitlines()] == ["- sft against text"]
     assert "| **0.2000 ± 0.1000** | " in compared(runs)[0]                     # p = .07: no star
-    (tmp_path / "many").mkdir()
+    worse = {"vlm2rec": fake_runs(tmp_path / "w", "vlm2rec", [0.1, 0.2, 0.3], [1, 2]),   # a star is for the best
+             "sft": fake_runs(tmp_path / "w", "sft", [0.2, 0.31, 0.4], [1, 2])}
+    rows = [row.split(" | ") for row in compared(worse)[0].splitlines()]
+    assert rows[3][1] == "<u>0.2000 ± 0.1000</u>" and rows[4][1] == "**0.3033 ± 0.1002** *"
     runs = {"sft": fake_runs(tmp_path / "many", "sft", [0.1], [9] * 99 + [8]),
             "text": fake_runs(tmp_path / "many", "text", [0.0], [50] * 100)}
     assert compared(runs)[1].endswith("; p < 1e-9 over the users")     # and nothing of a single seed
@@ -1384,6 +1593,13 @@ def spaces(users=50, items=130, seed=0):
 
 
 def test_geometry_equals_the_loops_and_knows_the_constant_and_the_perfect_space():
+    e, test = spaces(users=1030)                                    # more than the 1,024 that are done at once
+    z, e = torch.randn(1030, 8), e["text"]
+    whole = 2 - 2 * vlm2rec.cosine(z, e)
+    found = vlm2rec.geometry(z, e, test.targets, test.negatives)
+    assert found["A_pos"] == pytest.approx(whole[range(1030), test.targets].mean().item(), rel=1e-5)
+    assert found["A_neg"] == pytest.approx(whole.gather(1, test.negatives).mean().item(), rel=1e-5)
+    assert found["U"] == pytest.approx((-2 * whole).exp().mean().log().item(), rel=1e-5)
     e, test = spaces()
     z, e = torch.randn(50, 8), e["text"]
     found = vlm2rec.geometry(z, e, test.targets, test.negatives)
@@ -1511,7 +1727,8 @@ def test_item_vectors_of_others(finished, home, tmp_path, capsys):
     (numpy.full((128, 2), numpy.nan), "not finite"),
     ({"text": torch.ones(128, 2), "vision": torch.ones(128, 2)}, "none of its tensors text, vision is called fused"),
     (({"fused": torch.ones(2, 2)}, ["a", "b"]), "no vector for item '0000': is it of another domain?"),
-    (({"fused": torch.ones(2, 2)}, [["a"]]), "cannot be read"),
+    (({"fused": torch.ones(2, 2)}, 7), "cannot be read"),
+    (({"fused": torch.ones(2, 2)}, [1, 2]), "no vector for item '0000': is it of another domain?"),
     (({"fused": torch.ones(3, 2)}, ["a", "b"]), "the 2 items is needed, in the order of its item_ids"),
 ])
 def test_item_vectors_that_do_not_fit_get_one_clear_line(content, expected, home, tmp_path, capsys):
@@ -1538,7 +1755,7 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
     club = torch.tensor([int(item[1:]) // 6 for item in domain.item_ids])
     e = {"perfect": torch.eye(20)[club], "constant": torch.ones(120, 20), "random": torch.randn(120, 20)}
     valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
-    expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(CHANCE.values())}
+    expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(vlm2rec.CHANCE.values())}
     runs, tolerance = {}, {"perfect": 0, "constant": 0, "random": 0.09}   # three standard errors of 120 targets
     for name, vectors in e.items():                                                   # Task 1
         config = vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy")
@@ -1550,7 +1767,7 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
         for row in ours:
             scores = [float(score) for score in row.strip("| ").split(" | ")[1:]]
             assert scores == pytest.approx(expected[name], abs=tolerance[name]), row
-    best, last = compared(runs)[0].splitlines()[2:4]
+    best, last = compared(runs)[0].splitlines()[4:6]               # below chance and popularity
     assert best.count("**1.0000**") == 4 and last.count(" 0.0000") == 4
     z = {name: torch.stack([vectors[history].mean(dim=0) for history in test.histories]) for name, vectors in e.items()}
     for name in e:                                                                     # Section 3
@@ -1574,7 +1791,7 @@ def test_an_adapter_of_another_domain_is_evaluated_without_training(finished, ho
     with contextlib.chdir(home):
         assert command("--adapter", finished / "adapter", "--out", tmp_path) == 0
         assert command("--adapter", home / "domains", "--out", tmp_path / "none") == 2
-        assert "there is no adapter_config.json" in capsys.readouterr().err
+        assert "there is no LoRA in it" in capsys.readouterr().err
         shutil.copytree(finished / "adapter", tmp_path / "other")
         weights = safetensors.torch.load_file(tmp_path / "other" / "adapter_model.safetensors")
         wider = {name: torch.zeros(weight.shape[0] + 8, weight.shape[1]) for name, weight in weights.items()}
@@ -1588,9 +1805,10 @@ def test_an_adapter_of_another_domain_is_evaluated_without_training(finished, ho
 
 
 def test_the_names_of_given_files_are_filled_in_for_each_run():
-    configs = vlm2rec.parse_config(shlex.split('--method sft vlm2rec --seed 3 --seeds 2 --adapter "a/{method}-{seed}"'))
+    configs, _ = vlm2rec.parse_config(shlex.split(
+        '--method sft vlm2rec --seed 3 --seeds 2 --adapter "a/{method}-{seed}"'))
     assert [config.adapter for config in configs] == ["a/sft-3", "a/sft-4", "a/vlm2rec-3", "a/vlm2rec-4"]
-    configs = vlm2rec.parse_config(shlex.split('--method sasrec gru4rec --embeddings "" "v-{seed}.npy"'))
+    configs, _ = vlm2rec.parse_config(shlex.split('--method sasrec gru4rec --embeddings "" "v-{seed}.npy"'))
     assert [(config.method, config.embeddings) for config in configs] == [
         ("sasrec", ""), ("sasrec", "v-0.npy"), ("gru4rec", ""), ("gru4rec", "v-0.npy")]
 
@@ -1601,6 +1819,8 @@ def test_several_methods_and_seeds_end_in_a_comparison(home, tmp_path, capsys):
                        "--gradients-every", 2, "--out", tmp_path) == 0
     table = (tmp_path / "sample" / "vanilla-vlm2rec-seed0-1.md").read_text()
     assert table.strip() in capsys.readouterr().out
+    for row in ("| chance | 0.0990 |", "| popularity | ", "| untrained | ", "* better than the second with p < .05"):
+        assert row in table
     assert "| test, seed0-1 | H@10 |" in table and "vlm2rec against vanilla, N@10 per user" in table
     assert {path.name for path in (tmp_path / "sample").glob("*-seed?")} == {
         f"{method}-seed{seed}" for method in ("vanilla", "vlm2rec") for seed in (0, 1)}
@@ -1619,7 +1839,7 @@ def test_the_contact_sheet_frames_the_hits(home, finished, tmp_path):
     assert green(tmp_path / "hit.png") > 1000 + green(tmp_path / "miss.png")
     vlm2rec.contact_sheet(tmp_path / "text.png", domain, test, *({"text": x, "fused": x} for x in (e[test.targets], e)))
     assert Image.open(tmp_path / "text.png").size == Image.open(tmp_path / "hit.png").size    # the same is shown once
-    assert Image.open(finished / "recommendations.png").size[1] > 1000
+    assert Image.open(finished / "recommendations.png").size == (1160, 600)     # two users side by side
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1782,10 +2002,15 @@ def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
 @pytest.mark.parametrize("flags, expected", [
     (["--domain", "nowhere", "--model", "tiny"], "domains/nowhere/items.csv is missing"),
     (["--seed", "-1"], "--seed -1: it has to be at least 0"),
+    (["--epochs", "99999999999"], "--epochs 99999999999: it has to be at least 1 and at most"),
+    (["--lam", "inf"], "--lam inf: it has to be at least 0 and at most"),
+    (["--tau", "nan"], "--tau nan: it has to be"),
+    (["--image-size", "10024"], "--image-size 10024: it has to be at least 28 and at most 1120"),
+    (["--model", "./nope"], "--model ./nope: there is no such folder"),
+    (["--domain", "sampel"], "did you mean sample?"),
     (["--domain", "beauty", "--model", "tiny", "--mirror", "http://["], "--mirror http://["),
     (["--model", "./mute"], "--model ./mute cannot be loaded: its tokenizer has no end token"),
     (["--domain", "./nowhere", "--model", "tiny"], "nowhere is no folder"),
-    (["--model", "./nowhere"], "--model ./nowhere cannot be loaded"),
     (["--model", "nobody/nothing"], "--model nobody/nothing cannot be loaded"),
     (["--model", "./bert"], "--model ./bert is of the family bert"),
     (["--model", "./weightless"], "--model ./weightless cannot be loaded"),
@@ -1851,8 +2076,9 @@ def test_the_readmes_five_lines_rank_the_catalogue_for_a_new_history(finished, h
     monkeypatch.chdir(home)
     exec(code, {})
     domain = data.read_domain("domains/sample")
-    titles = capsys.readouterr().out.strip().splitlines()
+    titles = capsys.readouterr().out.strip().splitlines()[-5:]
     assert len(titles) == 5 and set(titles) <= set(domain.titles)
+    assert not {domain.titles[item] for item in (5, 17, 42)} & set(titles)     # what the user has is not recommended
 
 
 def test_the_readmes_catalogue_of_ones_own_is_a_domain(tmp_path, monkeypatch):

@@ -53,11 +53,15 @@ import shutil
 import signal
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import warnings
 from pathlib import Path
 from typing import Iterator, NamedTuple, Sequence
+
+if __name__ == "__main__":  # Ctrl-C during the next seconds, while torch is imported, ends without a traceback
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import mpmath
 import numpy
@@ -66,7 +70,7 @@ import PIL
 import safetensors.torch
 import torch
 import transformers
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 try:
@@ -128,7 +132,7 @@ class Config:
     epochs: int = option(3, "passes over the users; the best on validation N@10 is kept", 1)
     batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
     history: int = option(10, "latest items of a user in the prompt", 1)
-    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper", 28)
+    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper", 28, 1120)
     lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
     penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
@@ -370,9 +374,9 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
         terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
     return loss, terms
 
-def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> dict[str, float]:
+def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> tuple[dict, dict]:
     """Train the encoder's parameters `lora`, from the checkpoint in `folder` on if there is one; leave them as they
-    were after the epoch with the best validation N@10, and return its scores."""
+    were after the epoch with the best validation N@10. Returns its scores and those of the untrained model."""
     method, penalty = METHODS[config.method], Penalty().to(encoder.device)
     optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
@@ -408,7 +412,7 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
             if stop.is_set():
                 raise KeyboardInterrupt
     lora.load_state_dict(progress["kept"])
-    return progress["best"]
+    return progress["best"], progress["untrained"]
 
 
 # Evaluation (Section 5.1.3): leave-one-out, 100 negatives -------------------------------------------------------------
@@ -490,6 +494,8 @@ def readable(what: str, remedy: str) -> Iterator[None]:
 
 def check_model(model: str, revision: str = "main") -> None:
     """Raise InputError if `model` cannot be found or is of another family; fetches its config only."""
+    if model.startswith((".", "/", "~")) and not Path(model).is_dir():
+        raise InputError(f"--model {model}: there is no such folder; {GOOD_MODEL}")
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
         family = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).model_type
     if family != "qwen2_5_vl":
@@ -499,6 +505,7 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
     """(vlm without lm_head, tokenizer, image processor) of a Qwen2.5-VL; bfloat16 on CUDA, float32 on a CPU. Raises
     InputError if there is no such model or a part of it is missing."""
     check_model(model, revision)
+    print(f"loading {model}")
     source = dict(pretrained_model_name_or_path=model, revision=revision, trust_remote_code=False)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
@@ -511,6 +518,8 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         if tokenizer.eos_token_id is None or pad != vlm.config.image_token_id:
             raise ValueError("its tokenizer has no end token, or another picture token than its config")
+    if device == "cpu" and vlm.num_parameters() > 3e8:
+        print("note: without a CUDA GPU a model of this size takes hours; --model tiny is made for a CPU")
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
@@ -521,19 +530,25 @@ def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path
     vlm.visual.to("meta")  # not needed again: its memory is free
     return Encoder(vlm, tokenizer, domain.titles, features)
 
-def load_adapter(encoder: Encoder, folder: str) -> None:
-    """Put a trained adapter into the encoder. Raises InputError if there is none or it is of another model."""
+def load_adapter(encoder: Encoder, folder: str | Path) -> None:
+    """Put a trained adapter into the encoder. Raises InputError if there is none, it is damaged or of another model."""
+    path = Path(folder, "adapter_model.safetensors")
     with readable(f"--adapter {folder} does not fit", "give the folder adapter/ of a run with the same --model"):
-        if not Path(folder, "adapter_config.json").exists():
-            raise ValueError("there is no adapter_config.json in it")
-        peft.PeftModel.from_pretrained(encoder.vlm, folder)
+        if not path.exists() or peft.PeftConfig.from_pretrained(folder).peft_type != "LORA":
+            raise ValueError("there is no LoRA in it, as adapter_config.json and adapter_model.safetensors")
+        adapted, tensors = peft.PeftModel.from_pretrained(encoder.vlm, folder), safetensors.torch.load_file(path)
+        if set(tensors) != set(peft.get_peft_model_state_dict(adapted)):
+            raise ValueError("it lacks tensors of the model's layers, or has others")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("it holds values that are not finite")
 
 @torch.no_grad()
 def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
     """The vision tower's features of N pictures: (N, P, D) on the CPU, with P = (image_size / 28)^2 tokens each."""
     features = torch.empty(len(paths), (image_size // 28) ** 2, vlm.config.text_config.hidden_size, dtype=vlm.dtype)
     for k in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [data.load_picture(path).resize((image_size, image_size)) for path in paths[k:k + batch]]
+        pictures = [ImageOps.pad(data.load_picture(path), (image_size, image_size), color="white")
+                    for path in paths[k:k + batch]]
         pixels = processor(images=pictures, do_resize=False, return_tensors="pt").to(vlm.device)
         encoded = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
         features[k:k + batch] = torch.stack(list(encoded)).cpu()
@@ -551,7 +566,8 @@ def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: in
             features = encode_pictures(vlm, processor, domain.pictures, image_size)
             with data.whole_file(path) as partial:
                 safetensors.torch.save_file({"features": features}, partial)
-    return safetensors.torch.load_file(path)["features"]
+    with readable(f"{path} is damaged", "delete it"):
+        return safetensors.torch.load_file(path)["features"]
 
 def batches_by_length(lengths: list[int], budget: int) -> Iterator[list[int]]:
     """Yield the indices of prompts of similar length, so many that the padded batch has at most `budget` tokens, and
@@ -612,8 +628,8 @@ DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  
 MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
 GOOD_MODEL = "give a folder written by save_pretrained, a name on the hub, or tiny"
 
-def parse_config(argv: list[str] | None = None) -> list[Config]:
-    """The command line as a Config for each method, --embeddings and seed."""
+def parse_config(argv: list[str] | None = None) -> tuple[list[Config], list[str]]:
+    """The command line as a Config for each method, --embeddings and seed, and the item ids of --recommend."""
     brings = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
               for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()]]
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="; ".join([
@@ -627,18 +643,20 @@ def parse_config(argv: list[str] | None = None) -> list[Config]:
         parser.add_argument(flag(field.name), default=[field.default] if several else field.default, **kind,
                             help=f"{field.metadata['help']} (default: {field.default})")
     parser.add_argument("--seeds", type=int, default=1, metavar="int", help="so many from --seed on (default: 1)")
+    parser.add_argument("--recommend", nargs="+", default=[], metavar="item_id",
+                        help="with the flags of a finished run: its top ten after this history, oldest first")
     for defaults, name in ((DOMAIN_DEFAULTS, "domain"), (MODEL_DEFAULTS, "model")):
         parser.set_defaults(**defaults.get(getattr(parser.parse_args(argv), name), {}))
     flags = vars(parser.parse_args(argv))
     if (seeds := flags.pop("seeds")) < 1:
         raise InputError(f"--seeds {seeds}: it has to be at least 1")
-    configs = []
+    configs, history = [], flags.pop("recommend")
     for method, file, seed in itertools.product(flags["method"], flags["embeddings"], range(seeds)):
         run = {"method": method, "seed": flags["seed"] + seed, "embeddings": file}
         for name in ("adapter", "embeddings"):
             run[name] = (flags | run)[name].replace("{method}", method).replace("{seed}", str(run["seed"]))
         configs.append(check_config(Config(**flags | run)))
-    return list(dict.fromkeys(configs))
+    return list(dict.fromkeys(configs)), history
 
 def flag(name: str) -> str:
     """A field of Config as the command line calls it."""
@@ -664,7 +682,18 @@ def check_config(config: Config) -> Config:
 
 # A run: its log, its checkpoint, its folder ---------------------------------------------------------------------------
 
-LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"  # in the folder of a run
+CHANCE = hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2))  # what a random order of the candidates scores on average
+LEGEND = """t2f: text histories look for fused items, v: vision; A_pos, A_neg: mean squared distance of
+histories to targets and to negatives; U: uniformity, lower is more spread; S = A_neg / A_pos"""
+CARD = """---\nbase_model: {model}\nlibrary_name: peft\n---
+LoRA of VLM2Rec (arXiv 2603.17450), method {method}, for {model}, trained on {name}. To load it:
+`peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained("{model}"), "this folder")`.
+The last token's state of a prompt is the embedding: titles or pictures, a newline between two, one end token."""
+LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"
+RUN_FILES = [LOG, CHECKPOINT, TABLE, "config.json", "metrics.json", "ranks.csv", "dropped.csv", "items.safetensors",
+             "users.safetensors", "recommendations.png", "recommended.png",
+             *(f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"))]
+FREE = {"domain", "data_dir", "mirror", "out", "restart", "log_every", "save_every", "checkpointing", "source_digest"}
 
 class Log:
     """log.jsonl: a line every --log-every steps and at the end of an epoch, with the mean of each term since the last
@@ -692,19 +721,19 @@ class Log:
                                          f"{dict(zip(self.names, values[first].tolist()))}; lower --lr or raise --tau")
             means = {name: round(value, 6) for name, value in zip(self.names, values.mean(dim=0).tolist())}
             seconds = (time.perf_counter() - self.clock) / len(values)                             # for a step
-            self.append({"step": self.step, "epoch": self.epoch, **means,
-                         "users_per_s": round(self.config.batch / seconds, 2),
+            users, left = self.config.batch / seconds, seconds * (self.config.epochs * self.steps - self.step) / 60
+            self.append({"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(users, 2),
                          "tokens_per_s": round((self.encoder.tokens - self.tokens) / len(values) / seconds),
                          "peak_gib": round(peak_gib(values.device.type), 3),
-                         "epoch_minutes": round(seconds * self.steps / 60, 3),
-                         "minutes_left": round(seconds * (self.config.epochs * self.steps - self.step) / 60, 1)})
+                         "epoch_minutes": round(seconds * self.steps / 60, 3), "minutes_left": round(left, 1)})
+            tqdm.write(f"epoch {self.epoch}, step {self.step} of {self.config.epochs * self.steps}: "
+                       f"loss {means['loss']:.4f}, {users:.3g} users/s, {left:.1f} minutes left")
         self.pending, self.clock, self.tokens = [], time.perf_counter(), self.encoder.tokens
 
     def append(self, line: dict[str, float]) -> None:
-        """Write and print a line."""
+        """Write a line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        tqdm.write("  ".join(f"{name} {value:.4g}" for name, value in line.items()))
 
 def save_checkpoint(folder: Path, state: dict, progress: dict) -> None:
     """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all. `state`
@@ -720,6 +749,7 @@ def load_checkpoint(folder: Path, state: dict) -> dict | None:
     """Go back to the checkpoint and return its progress, None if there is none. Raises InputError if it is damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
+        (folder / LOG).unlink(missing_ok=True)  # what a run wrote that was killed before its first checkpoint
         return None
     with readable(f"{path} is damaged", "--restart begins anew"):
         saved = torch.load(path, weights_only=True, map_location="cpu")
@@ -769,18 +799,22 @@ def settings_of(config: Config, domain: Domain, device: str) -> dict:
             "given_digest": digest(*inputs)}
 
 def same_run(folder: Path, settings: dict) -> bool:
-    """Is there a run in `folder`? Raises InputError, which names what differs, if its settings are not these, apart
-    from where things lie and from the source, of which a change is said."""
+    """Is there a run in `folder` to go on with or to show? Raises InputError, which names what differs, if its settings
+    are not these, apart from FREE ones, which change no number."""
     path = folder / "config.json"
     if not path.exists():
+        if there := [name for name in RUN_FILES if (folder / name).exists()]:
+            raise InputError(f"{folder} holds {there[0]} but no config.json, which tells whose it is. --restart "
+                             "replaces it, another --out leaves it alone")
         return False
     with readable(f"{path} is damaged", "--restart replaces the run, another --out leaves it alone"):
         before = dict(json.loads(path.read_text("utf-8")))
     differing = [name for name, value in settings.items() if before.get(name) != value]
+    if differing and not (folder / CHECKPOINT).exists() and not (folder / TABLE).exists():
+        return False  # it came to nothing
     if "source_digest" in differing:
         print(f"note: {folder} was begun with another version of vlm2rec.py or data.py")
-    free = {"domain", "data_dir", "mirror", "out", "restart", "source_digest"}
-    if told := [f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in differing if name not in free]:
+    if told := [f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in differing if name not in FREE]:
         raise InputError(f"{folder} holds a run with other settings: {'; '.join(told)}. --restart replaces it, "
                          "another --out leaves it alone")
     return True
@@ -798,10 +832,12 @@ def set_up(config: Config) -> tuple[Domain, Path, str, str]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    model = data.prepare_model(config.model, Path(config.data_dir))
+    data_dir = Path(config.data_dir)
+    data.check_domain(config.domain, data_dir)
+    model = data.prepare_model(config.model, data_dir)
     if METHODS[config.method].modalities:
         check_model(model, config.revision)  # before the data, which may take hours to fetch
-    folder = data.prepare_domain(config.domain, Path(config.data_dir), config.mirror)
+    folder = data.prepare_domain(config.domain, data_dir, config.mirror)
     domain = data.read_domain(folder)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
           f"{config.method}, seed {config.seed}\n{data.describe(domain)}")
@@ -809,17 +845,21 @@ def set_up(config: Config) -> tuple[Domain, Path, str, str]:
         raise InputError(f"{domain.name}: {users} users to train on, less than one --batch of {config.batch}")
     return domain, folder, model, device
 
+def run_folder(config: Config, domain: Domain) -> Path:
+    """Where the results of a run lie."""
+    return Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
+
 def run(config: Config) -> Path:
-    """Train and evaluate one method with one seed, or go on with it, or show its table if that is there already; return
-    its folder."""
+    """Train and evaluate one method with one seed, or go on with it, or show its tables if they are there already;
+    return its folder."""
     domain, source, model, device = set_up(config)
-    folder = Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
-    settings, encoder, vectors = settings_of(config, domain, device), None, None
+    folder, settings = run_folder(config, domain), settings_of(config, domain, device)
+    encoder, vectors = None, None
     with data.lock(folder):
         goes_on = not config.restart and same_run(folder, settings)
         if goes_on and (table := folder / TABLE).exists():  # the last file that a run writes
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
-            print(f"\n{folder} is finished since {when}; --restart repeats it\n\n{table.read_text('utf-8')}")
+            print(f"\n{table.read_text('utf-8')}\n{folder} is finished since {when}; --restart repeats it")
             return folder
         if METHODS[config.method].modalities:
             encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
@@ -828,14 +868,16 @@ def run(config: Config) -> Path:
         elif config.embeddings:
             vectors = read_vectors(Path(config.embeddings), domain, source)
         if not goes_on:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            write_text(folder / "config.json", json.dumps(settings, indent=1))
+            for path in (folder / name for name in RUN_FILES):
+                path.unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            data.write_csv(folder / "dropped.csv", ["item_id", "reason", "detail"], domain.dropped_items)
+        write_text(folder / "config.json", json.dumps(settings, indent=1))
         tables = (run_embedder(config, domain, encoder, folder) if encoder
                   else run_downstream(config, domain, vectors, device, folder))
         write_text(folder / TABLE, tables)
         (folder / CHECKPOINT).unlink(missing_ok=True)
-    print(f"\n{tables}\n\nwrote {folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))
+    print(f"\n{tables}\n\nwrote {folder}")
     return folder
 
 def run_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
@@ -844,25 +886,31 @@ def run_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path)
     method, test = METHODS[config.method], make_evaluation(domain, "test", config.history, config.seed)
     if config.adapter or not (method.contrast or method.topology):
         valid = validate(encoder, method, domain, make_evaluation(domain, "valid", config.history, config.seed))
+        untrained = None
     else:
         torch.manual_seed(config.seed)
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
                            config.checkpointing == "on")
         lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
-        valid = train(encoder, lora, domain, config, folder)
+        valid, untrained = train(encoder, lora, domain, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        shutil.copymode(folder / "config.json", folder / "adapter" / "adapter_model.safetensors")  # it is 0600
+        card = CARD.format(method=config.method, model=config.model, name=domain.name)
+        write_text(folder / "adapter" / "README.md", card)
     clock = time.perf_counter()
     e = encoder.embed(encoder.catalogue, method.modalities)
     print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
           f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
-    spaces = {space: e[space] for space in (*BOTH, "fused") if space in e}
-    safetensors.torch.save_file(spaces, folder / "items.safetensors", {"item_ids": json.dumps(domain.item_ids)})
     z = encoder.embed(test.histories, method.modalities)
-    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid)
+    for name, spaces, ids in (("items", e, domain.item_ids), ("users", z, domain.user_ids)):
+        spaces = {space: spaces[space] for space in (*BOTH, "fused") if space in spaces}
+        with data.whole_file(folder / f"{name}.safetensors") as partial:
+            safetensors.torch.save_file(spaces, partial, {f"{name[:-1]}_ids": json.dumps(ids)})
+    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid, untrained)
     contact_sheet(folder / "recommendations.png", domain, test, z, e)
     if len(method.modalities) == 2:
-        tables += "\n\n" + as_table({"N@10 of": queries(z, e, test)}) + "\n\n" + as_table(
-            {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z})
+        shape = {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z}
+        tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), LEGEND])
     return tables
 
 def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str, folder: Path) -> str:
@@ -876,28 +924,38 @@ def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None,
         model, scores = train_downstream(config.method, samples, valid, vectors, len(domain.item_ids), device,
                                          config.seed, config.history)
         ranks = model.rank(test)
-    return write_results(folder, config, domain, test, *ranks, scores)
+    return write_results(folder, config, domain, test, *ranks, scores, None)
 
 def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
-                  full: torch.Tensor, valid: dict) -> str:
-    """Write ranks.csv and metrics.json, as README.md describes them; return the tables."""
+                  full: torch.Tensor, valid: dict, untrained: dict | None) -> str:
+    """Write ranks.csv and metrics.json, as README.md describes them; return the verdict and the tables."""
     columns = domain.user_ids, [domain.item_ids[item] for item in test.targets], ranks.tolist(), full.tolist()
     data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
                    [[user, item, f"{rank:g}", f"{rank_full:g}"] for user, item, rank, rank_full in zip(*columns)])
-    untied, name = ~torch.tensor(domain.tied), run_name(config)
+    untied, name, seen = ~torch.tensor(domain.tied), run_name(config), training_counts(domain)
+    popularity = hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives]))
     scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
               "test_untied": hits_and_ndcg(ranks[untied])}
     write_text(folder / "metrics.json", json.dumps({
         "domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
-        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid}, indent=1))
-    seen = training_counts(domain)
-    return as_table({
-        "chance": hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2)),
-        "popularity": hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives])),
-        name: scores["test"],
-        f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
-        f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"]}, "test") + "\n\n" + as_table(
-        by_frequency(seen[test.targets], ranks))
+        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid,
+        "popularity": popularity, "untrained": untrained}, indent=1))
+    rows = {"chance": CHANCE, "popularity": popularity,
+            name: scores["test"], f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
+            f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"],
+            **({"before training, validation": untrained} if untrained else {}), f"{name}, validation": valid}
+    return "\n\n".join([verdict(name, scores["test"], popularity, valid, untrained), as_table(rows, "test"),
+                        as_table(by_frequency(seen[test.targets], ranks))])
+
+def verdict(name: str, test: dict, popularity: dict, valid: dict, untrained: dict | None) -> str:
+    """Did the run learn something? In one or two lines, by N@10."""
+    ratios = {"popularity": test["N@10"] / (popularity["N@10"] or math.nan)}
+    if untrained:
+        ratios["the untrained model (validation)"] = valid["N@10"] / (untrained["N@10"] or math.nan)
+    line = f"{name}: N@10 {test['N@10']:.4f}, " + ", ".join(f"{ratio:.2f} times {of}" for of, ratio in ratios.items())
+    if all(ratio > 1 for ratio in ratios.values()):
+        return line
+    return f"{line}\nwarning: no better than that; usual reasons: random weights, too few users, an unfit --lr"
 
 def training_counts(domain: Domain) -> torch.Tensor:
     """(N,) how many users have each item before their validation target."""
@@ -946,35 +1004,36 @@ def write_comparison(runs: dict[str, list[Path]]) -> None:
     first, *_, last = [result["seed"] for result in next(iter(results.values()))] * 2
     seeds = f"seed{first}" if first == last else f"seed{first}-{last}"
     tables = [comparison(results, part, seeds) for part in ("test", "test_full", "valid")]
-    text = "\n\n".join([*tables, differences(runs, results)]).strip()
+    text = "\n\n".join([*tables, "mean ± standard deviation over the seeds; the best is bold, the second underlined;\n"
+                        "* better than the second with p < .05 in a paired t-test over the seeds",
+                        differences(runs, results)]).strip()
     path = next(iter(runs.values()))[0].parent / f"{'-'.join(runs)}-{seeds}.md"
     write_text(path, text)
     print(f"\n{text}\n\nwrote {path}")
 
-def reference(results: dict[str, list[dict]]) -> str:
-    """The method that a table compares with the others: vlm2rec or, without it, the one with the best N@10."""
-    score = lambda method: statistics.mean(result["test"]["N@10"] for result in results[method])
-    return "vlm2rec" if "vlm2rec" in results else max(results, key=score)
-
 def comparison(results: dict[str, list[dict]], part: str, seeds: str) -> str:
-    """Several methods over the same seeds: mean ± standard deviation (ddof 1), the best of a column bold, the second
-    underlined, a star where `reference` differs from the best other method, p < .05 in a paired t-test over seeds."""
-    rows, ours = {method: {} for method in results}, reference(results)
-    for metric in results[ours][0][part]:
+    """The methods over the same seeds, as mean ± standard deviation (ddof 1), below what they have to beat."""
+    cell = lambda values: f"{statistics.mean(values):.4f}" + (
+        f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+    rows, beaten = {method: {} for method in results}, {"test": "popularity", "valid": "untrained"}.get(part)
+    for metric in CHANCE:
         values = {method: [result[part][metric] for result in row] for method, row in results.items()}
-        ranked = sorted(values, key=lambda method: -statistics.mean(values[method]))
-        rival = next((method for method in ranked if method != ours), ours)
-        for method, row in values.items():
-            cell = f"{statistics.mean(row):.4f}" + (f" ± {statistics.stdev(row):.4f}" if len(row) > 1 else "")
-            rows[method][metric] = cell.join({0: ("**", "**"), 1: ("<u>", "</u>")}.get(ranked.index(method), ("", "")))
-        if paired_t_test(values[ours], values[rival]) < 0.05:
-            rows[ours][metric] += " *"
-    return as_table(rows, f"{part}, {seeds}")
+        best, *others = sorted(values, key=lambda method: -statistics.mean(values[method]))
+        for method in results:
+            rows[method][metric] = cell(values[method])
+        rows[best][metric] = f"**{rows[best][metric]}**"
+        if others:
+            rows[best][metric] += " *" * (paired_t_test(values[best], values[others[0]]) < 0.05)
+            rows[others[0]][metric] = f"<u>{rows[others[0]][metric]}</u>"
+    if known := [row for row in results.values() if row[0].get(beaten)]:
+        rows = {beaten: {metric: cell([result[beaten][metric] for result in known[0]]) for metric in CHANCE}} | rows
+    return as_table({"chance": CHANCE} | rows if part == "test" else rows, f"{part}, {seeds}")
 
 def differences(runs: dict[str, list[Path]], results: dict[str, list[dict]]) -> str:
-    """The reference against each other method, in N@10: the mean difference per user with its standard error, and p in
-    paired t-tests over the users and over the seeds."""
-    ours, lines = reference(results), []
+    """vlm2rec, or else the best method, against each other one, in N@10: the mean difference per user with its standard
+    error, and p in paired t-tests over the users and over the seeds."""
+    score = lambda method: statistics.mean(result["test"]["N@10"] for result in results[method])
+    ours, lines = "vlm2rec" if "vlm2rec" in results else max(results, key=score), []
     gains = {method: user_gains(folders) for method, folders in runs.items()}
     seeds = {method: [result["test"]["N@10"] for result in row] for method, row in results.items()}
     for method in (method for method in runs if method != ours):
@@ -1039,7 +1098,7 @@ def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
                 if len(names) > 1 and "fused" not in names:
                     raise ValueError(f"none of its tensors {', '.join(sorted(names))} is called fused")
                 tensor = file.get_tensor("fused" if "fused" in names else names[0])
-        place = {item: row for row, item in enumerate(ids or data.read_items(folder))}
+        place = {str(item): row for row, item in enumerate(ids or data.read_items(folder))}
         if tensor.ndim != 2 or len(tensor) != len(place):
             raise ValueError(f"it has the shape {tuple(tensor.shape)}; one row for each of the {len(place)} items is "
                              f"needed, in the order of {'its item_ids' if ids else folder / 'items.csv'}")
@@ -1119,49 +1178,87 @@ def train_downstream(kind: str, samples: list[tuple], valid: Evaluation, vectors
     model.load_state_dict(kept)
     return model, best
 
-def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict, users: int = 4,
-                  side: int = 72) -> None:
-    """A picture of recommendations: for some users the latest items of the history and the one bought next, then the
-    top five of each space among all items that the user did not buy before; a hit is framed."""
-    rows = []
-    for user in range(0, len(test.targets), max(1, len(test.targets) // users))[:users]:
+def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict) -> None:
+    """Draw two users: the latest items of the history, the one bought next, then the top five of each space among all
+    items that the user did not buy before."""
+    columns = []
+    for user in (0, len(test.targets) // 2):
         target = int(test.targets[user])
-        rows += [("history", test.histories[user][-5:], None), ("bought next", [target], None)]
+        column = [("history", test.histories[user][-5:]), ("bought next", [target])]
         for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
             scores = cosine(z[space][user:user + 1], e[space])[0]
             scores[[item for item in test.sequences[user] if item != target]] = -torch.inf
-            rows.append((f"top 5, {space}", scores.topk(5).indices.tolist(), target))
-    font, height = ImageFont.load_default(11), side + 30
-    sheet = Image.new("RGB", (110 + 5 * (side + 60), height * len(rows)), "white")
+            column.append((f"by {'both' if space == 'fused' else space}", scores.topk(5).indices.tolist()))
+        columns.append((column, target))
+    draw_sheet(path, domain, columns)
+
+def draw_sheet(path: Path, domain: Domain, columns: list[tuple[list[tuple[str, list[int]]], int | None]],
+               side: int = 72) -> None:
+    """Write a PNG of columns of named rows of at most five items; the first row is a history, with an arrow of time,
+    the others are ranked. A column's target is framed where it is recommended."""
+    wide, high, font = side + 24, side + 48, ImageFont.load_default(11)
+    sheet = Image.new("RGB", (len(columns) * (5 * wide + 100), high * max(len(rows) for rows, _ in columns)), "white")
     draw = ImageDraw.Draw(sheet)
-    for y, (name, items, target) in enumerate(rows):
-        draw.text((6, y * height + side // 2), name, "black", font)
-        if name == "history":
-            draw.line((0, y * height, sheet.width, y * height), "grey", 2)
-        for x, item in enumerate(items):
-            left, top = 110 + x * (side + 60), y * height + 6
-            sheet.paste(data.load_picture(domain.pictures[item]).resize((side, side)), (left, top))
-            title = domain.titles[item] if len(domain.titles[item]) <= 22 else domain.titles[item][:21] + "…"
-            draw.text((left, top + side + 3), title, "black", font)
-            if item == target:
-                draw.rectangle((left - 3, top - 3, left + side + 2, top + side + 2), outline="green", width=4)
+    for number, (rows, target) in enumerate(columns):
+        for y, (name, items) in enumerate(rows):
+            left, top = number * (5 * wide + 100) + 6, y * high + 10
+            draw.text((left, top + side // 2), name, "black", font)
+            if y == 0:
+                draw.line((left + 80, top - 6, left + 80 + 5 * wide - 30, top - 6), "grey", 2)
+                draw.regular_polygon((left + 80 + 5 * wide - 30, top - 6, 5), 3, 90, "grey")
+            for rank, item in enumerate(items, 1):
+                x = left + 80 + (rank - 1) * wide
+                picture = data.load_picture(domain.pictures[item])
+                sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (x, top))
+                label = domain.titles[item] if y < 2 else f"{rank}. {domain.titles[item]}"
+                draw.text((x, top + side + 3), "\n".join(textwrap.wrap(label, 15, max_lines=2)), "black", font)
+                if item == target and y > 1:
+                    draw.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="green", width=4)
     with data.whole_file(path) as partial:
         sheet.save(partial, "PNG")
 
+def recommend(config: Config, history: list[str]) -> None:
+    """Print and draw the ten items that a finished run recommends after a history of item ids, oldest first."""
+    domain, _, model, device = set_up(config)
+    folder, modalities = run_folder(config, domain), METHODS[config.method].modalities
+    if not modalities or not (folder / TABLE).exists() or not same_run(folder, settings_of(config, domain, device)):
+        raise InputError(f"--recommend needs a finished run of an encoder in {folder}; without it, it makes one")
+    place = {item: number for number, item in enumerate(domain.item_ids)}
+    if unknown := [item for item in history if item not in place]:
+        raise InputError(f"--recommend {unknown[0]}: {domain.name} has no such item, or it was dropped")
+    encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
+    if adapter := config.adapter or (folder / "adapter").is_dir() and folder / "adapter":
+        load_adapter(encoder, adapter)
+    items = [place[item] for item in history]
+    z = encoder.embed([items[-config.history:]], modalities)["fused"]
+    scores = cosine(z, safetensors.torch.load_file(folder / "items.safetensors")["fused"])[0]
+    scores[items] = -torch.inf
+    best = scores.topk(10).indices.tolist()
+    for rank, item in enumerate(best, 1):
+        print(f"{rank:2}  {scores[item]:.4f}  {domain.item_ids[item]}  {domain.titles[item][:70]}")
+    rows = [("history", items[-5:]), ("", []), ("1 to 5", best[:5]), ("6 to 10", best[5:])]
+    draw_sheet(folder / "recommended.png", domain, [(rows, None)])
 
 # The command ----------------------------------------------------------------------------------------------------------
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0, 2 for a mistake that the message tells how to mend, 1 for a run that diverged, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that knows no "±" gets its number
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    goes_on = "the same command goes on"
     try:
-        runs, configs = {}, parse_config(argv)
+        runs, (configs, history) = {}, parse_config(argv)
         for config in configs:
-            runs.setdefault(run_name(config), []).append(run(config))
-        if len(configs) > 1:
+            goes_on = "the same command " + ("goes on" if METHODS[config.method].modalities else "begins again")
+            if history:
+                recommend(config, history)
+            else:
+                runs.setdefault(run_name(config), []).append(run(config))
+        if len(configs) > 1 and runs:
             write_comparison(runs)
         return 0
     except (InputError, OSError, safetensors.SafetensorError) as error:
@@ -1174,12 +1271,13 @@ def main(argv: list[str] | None = None) -> int:
                          "need less: --checkpointing on (no other results), a smaller --image-size (less of each "
                          "picture), a shorter --history (less of each user), a smaller --batch (fewer negatives)"), 2
     except FloatingPointError as error:
-        message, code = f"error: {error}; the last good checkpoint stays", 1
+        message, code = f"error: {error}; what was saved before it stays", 1
     except KeyboardInterrupt:
-        message, code = "\nstopped; the same command goes on", 130
+        message, code = f"\nstopped; {goes_on}", 130
     print(message, file=sys.stderr)
     return code
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # KeyboardInterrupt, as main() expects
     sys.exit(main())
