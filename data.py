@@ -396,19 +396,22 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
 
 def write_tiny_model(folder: Path) -> None:
     """Write a checkpoint folder as `save_pretrained` does: a Qwen2.5-VL of a quarter of a million random parameters and
-    a byte-level tokenizer. It is the same every time."""
+    a byte-level BPE to which each of the sample world's words is one token, as common words are to a real one; others
+    are spelt out byte by byte. It is the same every time."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    symbols = marks + sorted(pre_tokenizers.ByteLevel.alphabet())  # a token for every byte, no merges
+    words = [*BRANDS, *(f"\u0120{word}" for word in [*NOUNS, *range(100)])]  # \u0120 is a space, to the bytes' alphabet
+    merges = list(dict.fromkeys((word[:k], word[k]) for word in words for k in range(1, len(word))))  # letter by letter
+    symbols = marks + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
     ids = {symbol: number for number, symbol in enumerate(symbols)}
-    letters = Tokenizer(models.BPE(vocab=ids, merges=[]))
-    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    letters.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token=marks[0], eos_token=marks[1],
+    bpe = Tokenizer(models.BPE(vocab=ids, merges=merges))  # by hand: the library's trainer differs from run to run
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=marks[0], eos_token=marks[1],
                                         additional_special_tokens=marks[2:])
     text = dict(vocab_size=len(ids), hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=8192, bos_token_id=None, eos_token_id=ids[marks[1]],

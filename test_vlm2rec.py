@@ -200,6 +200,21 @@ def test_topology_is_zero_for_equal_geometries_symmetric_and_positive():
     assert vlm2rec.relational_topology(one, other, 0.001).isfinite()  # the smallest temperature of the paper's grid
 
 
+def test_the_topology_losss_shortcut_two_constant_spaces_that_point_apart():
+    """Both spaces nearly constant, in opposite directions: loss 0 and gap 0, so that nothing pulls back; their sum keeps
+    what little differs, and still ranks. A_neg and the cosine of the means show it."""
+    small, constant = 1e-3 * torch.eye(B), torch.ones(B)
+    z = vlm2rec.fuse({"text": constant + small, "vision": -constant + small})
+    sim = {space: vlm2rec.cosine(z[space], z[space]) for space in z}
+    assert vlm2rec.relational_topology(sim["text"], sim["vision"], 0.1).item() == pytest.approx(0, abs=1e-6)
+    mask = ~torch.eye(B, dtype=torch.bool)
+    margins = [vlm2rec.discriminative_margin(sim[modality], mask) for modality in ("text", "vision")]
+    assert vlm2rec.modality_gap(*margins).max() < 1e-5
+    assert vlm2rec.discriminative_margin(sim["fused"], mask).min() == pytest.approx(1)            # a perfect ranking
+    assert (2 - 2 * sim["text"]).max() < 1e-5                                                     # A_neg
+    assert vlm2rec.mean_cosine(z["text"], z["vision"]).item() == pytest.approx(-1, abs=1e-5)
+
+
 def test_losses_are_float32_for_bfloat16_embeddings():
     z = torch.randn(B, D).bfloat16()
     assert vlm2rec.cosine(z, z).dtype == torch.float32
@@ -860,6 +875,20 @@ def prompts(encoder, histories, modality):
 
 
 HISTORIES = [[3, 8, 5, 20, 31], [7], [9, 1], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59]]
+
+
+def test_the_tiny_models_tokenizer_knows_the_worlds_words_and_spells_out_others(home, tmp_path):
+    folder = home / "domains" / "tiny-qwen2.5-vl"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    titles = [row[1] for row in rows_of(home / "domains" / "sample", "items.csv")]
+    assert all(len(tokenizer.tokenize(title)) == 3 for title in titles)         # brand, noun, number
+    for text in ("Belka lantern 42\nArvo kite 7", "The Lego Movie (2014)", "na\u00efve \U0001f600", "Belkaa 421"):
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    code = "import data, pathlib, sys; data.write_tiny_model(pathlib.Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "again"], cwd=HERE, check=True, capture_output=True,
+                   env=os.environ | {"PYTHONHASHSEED": "7"})
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
 
 
 def test_prompts_by_hand(encoder, home):

@@ -136,7 +136,7 @@ class Config:
     lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
     penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
-    tau_crtr: float = option(0.1, "temperature of the topology loss; paper: .001, .01, .1 or 1", 1e-6)
+    tau_crtr: float = option(1.0, "temperature of the topology loss; paper: .001, .01, .1 or 1", 1e-6)
     lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1", 0)
     lora_rank: int = option(16, "LoRA's rank", 1)
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank", 1)
@@ -297,11 +297,16 @@ def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -
 
 def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
     """L_CRTR (Eqs. 11-13): for each user, both modalities should rank the batch's targets alike. The mean over the
-    batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a row of sim_m / tau."""
+    batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a row of sim_m / tau. Its trivial minimum: both
+    spaces constant. At a small tau a model goes there, and the constants point apart: watch `mean_cosine`."""
     log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
     both_kl = (log_p_text.exp() - log_p_vision.exp()) * (log_p_text - log_p_vision)
     return both_kl.sum(dim=1).mean() / 2
+
+def mean_cosine(e_text: torch.Tensor, e_vision: torch.Tensor) -> torch.Tensor:
+    """The cosine of the mean text and the mean vision embedding of items (n, D); near -1 they cancel in Eq. 2."""
+    return torch.cosine_similarity(e_text.mean(dim=0), e_vision.mean(dim=0), dim=0)
 
 def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor,
               tau: float, tau_crtr: float, lam: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -372,6 +377,7 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
     loss, terms = objective(method, z, e, mask, alpha, beta, tau, tau_crtr, lam)
     if "text" in z and "vision" in z:  # Eq. 2 adds raw vectors: the longer one speaks louder
         terms["norm_ratio"] = z["text"].norm(dim=1).mean() / z["vision"].norm(dim=1).mean()
+        terms["mean_cosine"] = mean_cosine(e["text"], e["vision"])
     return loss, terms
 
 def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> tuple[dict, dict]:
