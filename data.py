@@ -7,8 +7,8 @@ A domain is a folder. Whoever writes these three things has one:
     interactions.csv   user_id,item_id,timestamp   in any order; the timestamp is a number that grows with time
     images/...
 
-Below the reader stand the producers: the sample world, which writes such a folder, the tiny model, which writes an
-ordinary Qwen2.5-VL checkpoint folder, and Amazon 2014. Nothing that reads them can tell one from the other.
+Below the reader stand the producers: the sample world and Amazon 2014, which write such a folder, and the tiny model,
+which writes an ordinary Qwen2.5-VL checkpoint folder. Nothing that reads them can tell one from the other.
 """
 import argparse
 import ast
@@ -23,17 +23,18 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
 import sys
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Callable, Iterator
+from typing import Callable, Collection, Iterator
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -41,7 +42,6 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import filelock
 from PIL import Image, ImageDraw, ImageOps
 from tqdm import tqdm
-from tqdm.contrib.concurrent import thread_map
 
 CORE = 5                    # every user and every item has at least so many interactions (Section 5.1.1)
 NEGATIVES = 100             # ranked beside the target (Section 5.1.3)
@@ -50,14 +50,11 @@ MAX_PIXELS = 40_000_000     # a larger picture is not decoded
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # nor is one that would start another program, such as EPS
 FROM_THE_END = {"test": 1, "valid": 2, "train": 3}  # leave-one-out: a split's target, counted from the sequence's end
 
-
 class InputError(Exception):
     """The user's mistake, told in one line: what is wrong, where, and how to mend it."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The reader
-# ----------------------------------------------------------------------------------------------------------------------
+# The reader -----------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Domain:
@@ -72,10 +69,8 @@ class Domain:
     dropped: dict[str, int]      # reason: how many
     digest: str                  # of all of the above and of the bytes of the pictures
 
-
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Yield ("path, line number", the value of each of `columns`) per row of an RFC 4180 file. Raises InputError, with
-    file and line, for a file that is missing, empty, not UTF-8 or not well-formed."""
+    """Yield ("path, line number", the value of each of `columns`) per row of an RFC 4180 file."""
     names = ",".join(columns)
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -96,10 +91,8 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         raise InputError(f"{path}, line {max(1, rows.line_num)}: {error}; the header has to name {names}, and a field "
                          "that holds a comma or a quote stands in double quotes (RFC 4180)") from None
 
-
 def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
-    """items.csv as {item_id: (title, path of its picture)}. Raises InputError for an id that is empty or stands twice,
-    or for a picture outside the folder."""
+    """items.csv as {item_id: (title, path of its picture)}."""
     roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link, but no picture may lead out
     items = {}
     for where, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
@@ -113,10 +106,8 @@ def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
         items[item] = (" ".join(title.split()), folder / image)
     return items
 
-
 def read_interactions(folder: Path, items: dict) -> list[tuple[str, str, float]]:
-    """interactions.csv as (user_id, item_id, timestamp), user by user, each oldest first; equal timestamps keep the
-    order of the file. Raises InputError for an unknown item or a timestamp that is no number."""
+    """interactions.csv as (user_id, item_id, timestamp), user by user, each oldest first, ties in the file's order."""
     users = {}
     for where, user, item, timestamp in read_csv(folder / "interactions.csv", ("user_id", "item_id", "timestamp")):
         if not user:
@@ -132,10 +123,9 @@ def read_interactions(folder: Path, items: dict) -> list[tuple[str, str, float]]
         users.setdefault(user, []).append((user, item, when))
     return [row for rows in users.values() for row in sorted(rows, key=lambda row: row[2])]
 
-
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
-    """Decode a picture's first frame to RGB, upright, on white where it is transparent. Raises OSError or ValueError if
-    it is damaged or has over MAX_PIXELS."""
+    """Decode a picture's first frame to RGB, upright, on white where it is transparent. Raises whatever its decoder
+    does if it is damaged, and ValueError if it has over MAX_PIXELS."""
     with Image.open(file, formats=FORMATS) as picture:
         if picture.width * picture.height > MAX_PIXELS:
             raise ValueError(f"{picture.width} x {picture.height} pixels are over {MAX_PIXELS:,}")
@@ -147,7 +137,6 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
-
 def picture_digest(path: Path) -> str:
     """The digest of a picture's bytes, or "" if there is no file or it cannot be decoded."""
     try:
@@ -157,6 +146,10 @@ def picture_digest(path: Path) -> str:
         return ""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
+def in_threads(work: Callable, inputs: Collection, name: str, threads: int | None) -> Iterator:
+    """Yield work(input) of each input, in their order, with a bar. Whatever ends it, Ctrl-C too, ends it at once."""
+    with ThreadPool(threads) as pool:
+        yield from tqdm(pool.imap(work, inputs), name, len(inputs), leave=False, disable=None)
 
 def core(rows: list[tuple], k: int = CORE) -> list[tuple]:
     """The k-core of (user, item, ...) rows: drop users and items with fewer than k of them until there are none."""
@@ -167,10 +160,9 @@ def core(rows: list[tuple], k: int = CORE) -> list[tuple]:
             return rows
         rows = kept
 
-
 def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop items without a title or a decodable picture, keep the earliest of a repeated
-    (user, item), then 5-core. Raises InputError for malformed files and if too little is left."""
+    (user, item), then 5-core. This and what it calls raise InputError for malformed files and if too little is left."""
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder; a domain is a folder with items.csv, interactions.csv and images/")
@@ -179,7 +171,7 @@ def read_domain(folder: str | Path) -> Domain:
     titled = {item: picture for item, (title, picture) in items.items() if title}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of huge pictures: load_picture refuses them
-        checks = thread_map(picture_digest, titled.values(), desc="check pictures", leave=False, disable=None)
+        checks = list(in_threads(picture_digest, titled.values(), "check pictures", os.cpu_count()))
     digests = {item: digest for item, digest in zip(titled, checks) if digest}
     shown = [row for row in rows if row[1] in digests]
     first = {}
@@ -196,9 +188,8 @@ def read_domain(folder: str | Path) -> Domain:
                          + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
     return index_domain(folder.resolve().name, items, digests, kept, dropped)
 
-
 def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropped: dict) -> Domain:
-    """Number what the reader kept. Raises InputError if a user's negatives would not find NEGATIVES items."""
+    """Number what the reader kept."""
     kept = {item for _, item, _ in rows}
     item_ids = [item for item in items if item in kept]
     titles, pictures = map(list, zip(*(items[item] for item in item_ids)))
@@ -207,12 +198,11 @@ def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropp
     sequences = [[index[item] for _, item, _ in events] for events in users.values()]
     tied = [events[-1][2] == events[-2][2] for events in users.values()]
     if len(item_ids) < (least := max(map(len, sequences)) + NEGATIVES):
-        raise InputError(f"{name}: {len(item_ids)} items are too few: {NEGATIVES} outside the longest sequence are "
-                         f"ranked beside the target; bring at least {least}")
+        raise InputError(f"{name}: {len(item_ids)} items are too few to rank {NEGATIVES} outside the longest sequence "
+                         f"beside the target; bring at least {least}")
     content = [list(zip(item_ids, titles, map(digests.get, item_ids))), list(users), sequences, tied]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
     return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, digest)
-
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""
@@ -223,9 +213,7 @@ def describe(domain: Domain) -> str:
             f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The split and the negatives (Sections 5.1.1, 5.1.3)
-# ----------------------------------------------------------------------------------------------------------------------
+# The split and the negatives (Sections 5.1.1, 5.1.3) ------------------------------------------------------------------
 
 def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
     """(history, target) of a user. The test target is the last item, validation's the second to last, training's the
@@ -233,31 +221,26 @@ def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[li
     at = len(sequence) - FROM_THE_END[split]
     return sequence[max(0, at - length):at], sequence[at]
 
-
 def draw_negatives(user_id: str, sequence: list[int], items: int, split: str, seed: int) -> list[int]:
     """NEGATIVES distinct items outside the user's whole sequence, uniform. They depend on (seed, split, user) alone, so
-    that every method ranks the same candidates. Raises ValueError if there are not enough items."""
+    that every method ranks the same candidates."""
     own = set(sequence)
     draw = random.Random(f"{seed} {split} {user_id}").sample(range(items), NEGATIVES + len(own))
     return [item for item in draw if item not in own][:NEGATIVES]
-
 
 def validation_users(users: int, seed: int) -> list[int]:
     """The users that are scored after each epoch: all, or VALIDATION_USERS of them, fixed by the seed."""
     return sorted(random.Random(f"{seed} validation users").sample(range(users), min(users, VALIDATION_USERS)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Producers: whatever writes a domain folder or a checkpoint folder
-# ----------------------------------------------------------------------------------------------------------------------
+# Producers: whatever writes a domain folder or a checkpoint folder ----------------------------------------------------
 
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False) -> Iterator[None]:
     """Keep other processes that ask for the same `path` out while the block runs, by a file beside it; it dies with the
     process. If another one has it, `wait`, which says so, or raise InputError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_name(f".{path.name}.lock")
-    held = filelock.FileLock(file)
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"))
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -269,9 +252,8 @@ def lock(path: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # Windows refuses, and filelock removes it after the release
-            file.unlink()  # while it is held: filelock sees that what it waited for has no name any more, and asks anew
+            os.unlink(held.lock_file)  # while it is held: who waits sees that the file has no name any more, asks anew
         held.release()
-
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
@@ -285,10 +267,8 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
-    """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how.
-    Raises InputError if it is not there and cannot be made."""
+    """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how."""
     if os.sep in domain or "/" in domain:
         return Path(domain)
     folder = data_dir / domain
@@ -305,27 +285,22 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
             prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     return folder
 
-
 def prepare_model(model: str, data_dir: Path) -> str:
     """What `from_pretrained` takes for a model: a hub name or a folder as it is; `tiny` is written under data_dir."""
     if model != "tiny":
         return model
-    folder = data_dir / "tiny-qwen2.5-vl"
-    if folder.exists():
-        return str(folder)
-    with lock(folder, wait=True):
-        if not folder.exists():  # if it does, another process was first
-            partial = folder.with_name(f"{folder.name}.part")  # what a killed run left there is written over
-            write_tiny_model(partial)
-            os.replace(partial, folder)
+    folder, partial = data_dir / "tiny-qwen2.5-vl", data_dir / "tiny-qwen2.5-vl.part"
+    if not folder.exists():
+        with lock(folder, wait=True):
+            if not folder.exists():  # if it does, another process was first
+                write_tiny_model(partial)  # over what a killed run left there
+                os.replace(partial, folder)
     return str(folder)
-
 
 NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]   # one for each category
 BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]       # one for each style
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
 WORLDS = {"sample": {}, "lopsided": {"brand": 1.0, "shape": 0.3}}  # in the second one, the title says everything
-
 
 def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8,
                        brand: float = 0.7, shape: float = 0.7) -> None:
@@ -363,7 +338,6 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
     write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], events)
     write_csv(folder / "items.csv", ["item_id", "title", "image"], rows)  # last: where it is, the domain is whole
 
-
 def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
     """Draw one shape in one colour on a pale ground; place, size and shade come from `rng`."""
     saturated = colorsys.hsv_to_rgb(hue % 1, rng.uniform(0.7, 1), rng.uniform(0.6, 0.95))
@@ -376,10 +350,9 @@ def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Ima
         draw.ellipse(box, fill=colour if shape == "disc" else ground, outline=colour, width=max(1, r // 3))
     elif shape == "square":
         draw.rectangle(box, fill=colour)
-    elif shape == "triangle":
-        draw.polygon([(x, y - r), (x - r, y + r), (x + r, y + r)], fill=colour)
-    elif shape == "diamond":
-        draw.polygon([(x, y - r), (x + r, y), (x, y + r), (x - r, y)], fill=colour)
+    elif shape in ("triangle", "diamond"):
+        lower = [(x - r, y + r), (x + r, y + r)] if shape == "triangle" else [(x + r, y), (x, y + r), (x - r, y)]
+        draw.polygon([(x, y - r), *lower], fill=colour)
     else:  # on a grid of 3 x 3: cross, bars, checks
         filled = {"cross": (1, 3, 4, 5, 7), "bars": (0, 3, 6, 2, 5, 8), "checks": (0, 2, 4, 6, 8)}[shape]
         for row, column in (divmod(cell, 3) for cell in filled):
@@ -387,17 +360,14 @@ def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Ima
             draw.rectangle((left, top, left + third - 1, top + third - 1), fill=colour)
     return picture
 
-
 def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
     """Write an RFC 4180 file in UTF-8, which appears when it is whole."""
     with whole_file(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
 
-
 def write_tiny_model(folder: Path) -> None:
-    """Write a checkpoint folder as `save_pretrained` does: a Qwen2.5-VL of a quarter of a million random parameters and
-    a byte-level BPE to which each of the sample world's words is one token, as common words are to a real one; others
-    are spelt out byte by byte. It is the same every time."""
+    """Write a checkpoint folder: a Qwen2.5-VL with the same 250,000 random parameters every time, and a BPE to which each
+    of the sample world's words is a token, as common words are to a real one; others it spells out byte by byte."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
@@ -428,9 +398,7 @@ def write_tiny_model(folder: Path) -> None:
     Qwen2VLImageProcessorPil().save_pretrained(folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures
-# ----------------------------------------------------------------------------------------------------------------------
+# Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ------------------------------------
 
 AMAZON = {"toys": ("Toys_and_Games", 19_412, 11_924, 167_597),  # name in the files; the published 5-core's users,
           "beauty": ("Beauty", 22_363, 12_101, 198_502),        # items and interactions
@@ -442,23 +410,19 @@ PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
                  "images-na.ssl-images-amazon.com", "m.media-amazon.com"}
 WORKERS = 16               # pictures fetched at once
 TRIES, BACK_OFF = 4, 1.0   # attempts, and the seconds before the second one; they double from there
-TIMEOUT = 20.0             # seconds without a byte after which an attempt has failed
-MAX_SECONDS, MAX_BYTES = 60.0, 10_000_000  # an attempt at a picture that takes longer, a picture that is larger
-
+TIMEOUT, MAX_SECONDS = 20.0, 60.0  # an attempt fails after so long without a byte, at a picture after so long in all
+MAX_BYTES = 10_000_000     # nor is a larger picture taken
 
 class FetchError(Exception):
     """Why an address gives no usable content. It begins with "no answer" where trying later may help."""
 
-
 class CheckedRedirects(HTTPRedirectHandler):
     """Follows a redirect only by http or https, and only to the same host or one of PICTURE_HOSTS."""
-
     def redirect_request(self, request, file, code, message, headers, address):
         url = urlsplit(address)
         if url.scheme not in ("http", "https") or url.netloc not in {request.host, *PICTURE_HOSTS}:
             raise FetchError("redirected to another host")
         return super().redirect_request(request, file, code, message, headers, address)
-
 
 def fetch(address: str, start: int = 0, name: str = "", seconds: float = math.inf) -> Iterator[bytes]:
     """Yield what lies at `address` from byte `start` on. After a network error, a cut-off, 429, 5xx or `seconds` it
@@ -488,10 +452,8 @@ def fetch(address: str, start: int = 0, name: str = "", seconds: float = math.in
             sleep(wait)
     raise FetchError(f"no answer: {reason}")
 
-
 def receive(response: http.client.HTTPResponse, start: int, name: str, end: float) -> Iterator[bytes]:
-    """Yield what a response sends from byte `start` of the whole on. Raises OSError if it is cut off or goes on after
-    the moment `end`."""
+    """Yield what a response sends from byte `start` on. Raises OSError if it is cut off or goes on after `end`."""
     if response.status != 206:  # 206: the server sends only what we lack
         response.read(start)
     total = start + response.length if response.length else None
@@ -504,10 +466,8 @@ def receive(response: http.client.HTTPResponse, start: int, name: str, end: floa
     if response.length:
         raise ConnectionError(f"cut off, {response.length:,} bytes are missing")
 
-
 def get_archives(names: list[str], folder: Path, base: str) -> list[Path]:
-    """The archives' paths in `folder`, downloaded unless they are there; what an earlier run left is continued.
-    Raises InputError that says what to fetch by hand."""
+    """The archives' paths in `folder`, downloaded unless they are there; what an earlier run left is continued."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in names]
     for path in paths:
@@ -523,9 +483,8 @@ def get_archives(names: list[str], folder: Path, base: str) -> list[Path]:
         os.replace(part, path)
     return paths
 
-
 def read_lines(path: Path, parse: Callable) -> Iterator:
-    """Yield parse(line) of a gzipped file. Raises InputError, with file and line, if it is damaged."""
+    """Yield parse(line) for each line of a gzipped file."""
     number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -535,13 +494,6 @@ def read_lines(path: Path, parse: Callable) -> Iterator:
     except Exception as error:  # damage has many names
         raise InputError(f"{path} is cut off or damaged, line {number}: {type(error).__name__}: {error}; delete it to "
                          "fetch it anew") from None
-
-
-def parse_review(line: str) -> tuple[str, str, int]:
-    """(user, item, time) of a line of reviews_*.json.gz, which is JSON."""
-    row = json.loads(line)
-    return row["reviewerID"], row["asin"], int(row["unixReviewTime"])
-
 
 def parse_metadata(line: str, items: set[str]) -> tuple[str, str, str] | None:
     """(item, title, picture's address) of a line of meta_*.json.gz, which is a Python literal, or None if it is not
@@ -554,17 +506,14 @@ def parse_metadata(line: str, items: set[str]) -> tuple[str, str, str] | None:
     title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of a character
     return (row["asin"], title, row.get("imUrl") or "") if row["asin"] in items else None
 
-
 def obstacle(item: str, title: str, address: str) -> str:
     """Why an item cannot be shown, whatever its picture's server says, or ""."""
     host = re.match(r"https?://([^/?#]*)", address)
     reasons = {"no title": not title,
                "odd item id": not re.fullmatch(r"[A-Za-z0-9]{1,20}", item),  # it becomes a file's name
-               "no picture": not address,
-               "placeholder picture": "no-img" in address,
+               "no picture": not address, "placeholder picture": "no-img" in address,
                "picture on an unknown host": not host or host[1] not in PICTURE_HOSTS}
     return next((reason for reason, holds in reasons.items() if holds), "")
-
 
 def fetch_picture(address: str, path: Path) -> str:
     """Download a picture to `path`, which appears when it is whole and decodes. Returns "", or why it does not."""
@@ -576,10 +525,9 @@ def fetch_picture(address: str, path: Path) -> str:
             content += chunk
             if len(content) > MAX_BYTES:
                 return f"over {MAX_BYTES:,} bytes"
+        picture = load_picture(io.BytesIO(content))
     except FetchError as error:
         return str(error)
-    try:
-        picture = load_picture(io.BytesIO(content))
     except Exception as error:  # whatever a decoder raises: it is no picture
         return "too many pixels" if "pixels" in str(error) else "not a picture"
     if min(picture.size) < 2:
@@ -588,28 +536,20 @@ def fetch_picture(address: str, path: Path) -> str:
         partial.write_bytes(content)
     return ""
 
-
 def fetch_pictures(addresses: dict[str, str], folder: Path) -> dict[str, str]:
     """Download {item: address} to `folder`/item.jpg. Returns {item: reason} of those that failed. Raises InputError if
     most failed, or over 1 % had no answer: then it is the network, not the links, and a later run can do better."""
     folder.mkdir(parents=True, exist_ok=True)
-    for part in folder.glob("*.part"):  # of a killed run
-        part.unlink()
-    pool, failed, silent = ThreadPoolExecutor(WORKERS), {}, 0
-    try:
-        reasons = pool.map(lambda item: fetch_picture(addresses[item], folder / f"{item}.jpg"), addresses)
-        bar = tqdm(zip(addresses, reasons), "pictures", len(addresses), disable=None)
-        for count, (item, reason) in enumerate(bar, 1):
-            if reason:
-                failed[item] = reason
-                silent += reason.startswith("no answer")
-            if len(failed) > max(50, count / 2) or silent > max(5, len(addresses) / 100):
-                raise InputError(f"{len(failed)} of {count} pictures failed, {silent} without an answer, the last one "
-                                 f"{addresses[item]} ({reason}); check the network, then run again: it goes on")
-    finally:
-        pool.shutdown(cancel_futures=True)
+    get = lambda item: fetch_picture(addresses[item], folder / f"{item}.jpg")
+    failed, silent = {}, 0
+    for count, (item, reason) in enumerate(zip(addresses, in_threads(get, addresses, "pictures", WORKERS)), 1):
+        if reason:
+            failed[item] = reason
+            silent += reason.startswith("no answer")
+        if len(failed) > max(50, count / 2) or silent > max(5, len(addresses) / 100):
+            raise InputError(f"{len(failed)} of {count} pictures failed, {silent} without an answer, the last one "
+                             f"{addresses[item]} ({reason}); check the network, then run again: it goes on")
     return failed
-
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Make one of the four Amazon domains from nothing: download, filter to the 5-core, fetch the pictures, drop items
@@ -618,11 +558,11 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
         raise InputError(f"--mirror {mirror}: it has to be an address such as https://example.org/amazon")
     names = [f"reviews_{AMAZON[domain][0]}_5.json.gz", f"meta_{AMAZON[domain][0]}.json.gz"]
     paths = get_archives(names, archives, mirror or ARCHIVES)
-    reviews = list(read_lines(paths[0], parse_review))
+    triple = operator.itemgetter("reviewerID", "asin", "unixReviewTime")  # user, item, time
+    reviews = list(read_lines(paths[0], lambda line: triple(json.loads(line))))
     reviewed = {item for _, item, _ in reviews}
     about = dict.fromkeys(reviewed, ("", ""))  # title, picture's address
     about |= {row[0]: row[1:] for row in read_lines(paths[1], lambda line: parse_metadata(line, reviewed)) if row}
-
     reasons = {item: reason for item in sorted(about) if (reason := obstacle(item, *about[item]))}
     five_core = core(reviews)
     shown = core([row for row in reviews if row[1] not in reasons])
@@ -631,25 +571,21 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     reasons |= fetch_pictures(addresses, folder / "images")
     final = core([row for row in shown if row[1] not in reasons])
     print(amazon_table(domain, reviews, five_core, final, reasons))
-
     dropped = [[item, reason, about[item][1]] for item, reason in sorted(reasons.items())]
     items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
     write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], final)  # in the archive's order
     write_csv(folder / "items.csv", ["item_id", "title", "image"], items)  # last: where it is, the domain is whole
 
-
 def amazon_table(domain: str, reviews: list, five_core: list, final: list, reasons: dict[str, str]) -> str:
     """Users, items and interactions at each step beside the published counts, and what was lost why."""
     count = lambda rows: (len({user for user, _, _ in rows}), len({item for _, item, _ in rows}), len(rows))
     steps = {"published 5-core": AMAZON[domain][1:], "reviews as fetched": count(reviews),
              "their 5-core": count(five_core), "with title and picture, 5-core": count(final)}
-    lines = [f"{domain}, Amazon 2014", f"  {'':32}{'users':>14}{'items':>14}{'interactions':>14}"]
-    for name, counts in steps.items():
-        lines.append(f"  {name:32}" + "".join(f"{number:>14,}" for number in counts))
+    lines = [f"  {name:32}" + "".join(f"{number:>14,}" for number in counts) for name, counts in steps.items()]
     lost = [f"{number:,} {reason}" for reason, number in Counter(reasons.values()).most_common()]
-    return "\n".join([*lines, f"  items dropped: {', '.join(lost) or 'none'}"])
-
+    return "\n".join([f"{domain}, Amazon 2014", f"  {'':32}{'users':>14}{'items':>14}{'interactions':>14}", *lines,
+                      f"  items dropped: {', '.join(lost) or 'none'}"])
 
 def main() -> int:
     """Prepare a domain without training: `python data.py toys`."""
@@ -667,7 +603,6 @@ def main() -> int:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())
