@@ -4,7 +4,7 @@
 A domain is a folder. Whoever writes these three things has one:
 
     items.csv          item_id,title,image         image: a path relative to the folder
-    interactions.csv   user_id,item_id,timestamp   in any order; the timestamp is a number that grows with time
+    interactions.csv   user_id,item_id,timestamp   in any order; a timestamp is a number or an ISO 8601 date
     images/...
 
 Below the reader stand the producers: the sample world and Amazon 2014, which write such a folder, and the tiny model,
@@ -15,6 +15,7 @@ import ast
 import colorsys
 import contextlib
 import csv
+import difflib
 import gzip
 import hashlib
 import html
@@ -28,9 +29,11 @@ import os
 import random
 import re
 import sys
+import textwrap
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from time import monotonic, sleep
@@ -47,8 +50,7 @@ CORE = 5                    # every user and every item has at least so many int
 NEGATIVES = 100             # ranked beside the target (Section 5.1.3)
 VALIDATION_USERS = 2000     # at most so many are scored after each epoch; the paper does not say
 MAX_PIXELS = 40_000_000     # a larger picture is not decoded
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF")  # nor is one that would start another program, such as EPS
-FROM_THE_END = {"test": 1, "valid": 2, "train": 3}  # leave-one-out: a split's target, counted from the sequence's end
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # nor is one that would start other programs (EPS)
 
 class InputError(Exception):
     """The user's mistake, told in one line: what is wrong, where, and how to mend it."""
@@ -67,11 +69,14 @@ class Domain:
     sequences: list[list[int]]   # per user the items, oldest first
     tied: list[bool]             # per user: have the last two items one timestamp? Then file order made the test item
     dropped: dict[str, int]      # reason: how many
-    digest: str                  # of all of the above and of the bytes of the pictures
+    dropped_items: list[tuple[str, str, str]]  # of those without a title or a usable picture: item_id, reason, detail
+    digest: str                  # of what is kept and of the bytes of the pictures
 
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     """Yield ("path, line number", the value of each of `columns`) per row of an RFC 4180 file."""
     names = ",".join(columns)
+    if os.path.exists(path) and not os.path.isfile(path):  # a FIFO would be waited for
+        raise InputError(f"{path} is not a regular file; it has to hold the columns {names}")
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows = csv.reader(file, strict=True)
@@ -91,9 +96,9 @@ def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         raise InputError(f"{path}, line {max(1, rows.line_num)}: {error}; the header has to name {names}, and a field "
                          "that holds a comma or a quote stands in double quotes (RFC 4180)") from None
 
-def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
-    """items.csv as {item_id: (title, path of its picture)}."""
-    roots = [folder.resolve(), (folder / "images").resolve()]  # images/ may be a link, but no picture may lead out
+def read_items(folder: Path) -> dict[str, tuple[str, str]]:
+    """items.csv as {item_id: (title, path of its picture)}; no picture may lie outside of `folder` or its images/."""
+    roots = os.path.realpath(folder), os.path.realpath(folder / "images")  # the latter may be a link
     items = {}
     for where, item, title, image in read_csv(folder / "items.csv", ("item_id", "title", "image")):
         if not item:
@@ -103,7 +108,7 @@ def read_items(folder: Path) -> dict[str, tuple[str, Path]]:
         target = Path(os.path.realpath(folder / image.replace("\0", "?")))
         if not any(target.is_relative_to(root) for root in roots):
             raise InputError(f"{where}: the picture {image[:200]!r} is not a path inside {folder}; copy it there")
-        items[item] = (" ".join(title.split()), folder / image)
+        items[item] = (" ".join(title.split()), image)
     return items
 
 def read_interactions(folder: Path, items: dict) -> list[tuple[str, str, float]]:
@@ -114,14 +119,20 @@ def read_interactions(folder: Path, items: dict) -> list[tuple[str, str, float]]
             raise InputError(f"{where}: the user_id is empty")
         if item not in items:
             raise InputError(f"{where}: item_id {item!r} is not in items.csv; add it there or drop the row")
-        try:
-            when = float(timestamp)
-        except ValueError:
-            when = math.nan
-        if not math.isfinite(when):
-            raise InputError(f"{where}: timestamp {timestamp!r} is not a number; use seconds since 1970")
+        if not math.isfinite(when := parse_time(timestamp)):
+            raise InputError(f"{where}: timestamp {timestamp!r} is neither a number, such as seconds since 1970, nor "
+                             "an ISO 8601 date, such as 2024-05-01 or 2024-05-01T12:00:00Z")
         users.setdefault(user, []).append((user, item, when))
     return [row for rows in users.values() for row in sorted(rows, key=lambda row: row[2])]
+
+def parse_time(timestamp: str) -> float:
+    """A number as it is, an ISO 8601 date as seconds since 1970, in UTC if it names no zone; NaN for all else."""
+    with contextlib.suppress(ValueError):
+        return float(timestamp)
+    with contextlib.suppress(ValueError):
+        date = datetime.fromisoformat(timestamp)
+        return (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
+    return math.nan
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture's first frame to RGB, upright, on white where it is transparent. Raises whatever its decoder
@@ -137,14 +148,19 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
-def picture_digest(path: Path) -> str:
-    """The digest of a picture's bytes, or "" if there is no file or it cannot be decoded."""
+def check_item(title: str, path: str, folder: Path) -> tuple[str, str, str]:
+    """(digest of its picture's bytes, "", "") of an item that can be shown, else ("", the reason, a detail)."""
+    if not os.path.isfile(folder / path) or not title:  # nor is a FIFO opened, which would be waited for
+        reasons = {"no title": not title, "no picture": not path, "a URL, not a path": "://" in path,
+                   "not a regular file": os.path.exists(folder / path), "a path with backslashes": "\\" in path}
+        return "", next((reason for reason, holds in reasons.items() if holds), "no file"), path[:100]
     try:
-        content = path.read_bytes()
+        content = (folder / path).read_bytes()
         load_picture(io.BytesIO(content))
-    except Exception:  # which error a damaged file raises is up to the decoder; all mean: no picture
-        return ""
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    except Exception as error:  # which one a damaged file raises is up to its decoder
+        said = re.sub(" <.*?>", "", " ".join(str(error).split()))  # without an address in memory
+        return "", "too many pixels" if "pixels" in said else "not decodable", said[:100]
+    return hashlib.blake2b(content, digest_size=16).hexdigest(), "", ""
 
 def in_threads(work: Callable, inputs: Collection, name: str, threads: int | None) -> Iterator:
     """Yield work(input) of each input, in their order, with a bar. Whatever ends it, Ctrl-C too, ends it at once."""
@@ -164,35 +180,35 @@ def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop items without a title or a decodable picture, keep the earliest of a repeated
     (user, item), then 5-core. This and what it calls raise InputError for malformed files and if too little is left."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder; a domain is a folder with items.csv, interactions.csv and images/")
     items = read_items(folder)
     rows = read_interactions(folder, items)
-    titled = {item: picture for item, (title, picture) in items.items() if title}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of huge pictures: load_picture refuses them
-        checks = list(in_threads(picture_digest, titled.values(), "check pictures", os.cpu_count()))
-    digests = {item: digest for item, digest in zip(titled, checks) if digest}
+    with warnings.catch_warnings(action="ignore"):  # of huge pictures: load_picture refuses them
+        check = lambda item: check_item(*item, folder)
+        checks = dict(zip(items, in_threads(check, items.values(), "check pictures", os.cpu_count())))
+    digests = {item: digest for item, (digest, _, _) in checks.items() if digest}
+    dropped_items = [(item, *why) for item, (_, *why) in checks.items() if item not in digests]
+    untitled = sum(reason == "no title" for _, reason, _ in dropped_items)
     shown = [row for row in rows if row[1] in digests]
     first = {}
     for row in shown:
         first.setdefault(row[:2], row)
     kept = core(list(first.values()))
-    dropped = {"items without a title": len(items) - len(titled),
-               "items without a decodable picture": len(titled) - len(digests),
+    dropped = {"items without a title": untitled,
+               "items without a decodable picture": len(dropped_items) - untitled,
                "interactions with such items": len(rows) - len(shown),
                "repeated interactions": len(shown) - len(first),
                "interactions outside the 5-core": len(first) - len(kept)}
     if not kept:
         raise InputError(f"{folder}: nothing is left after {CORE}-core filtering; dropped "
-                         + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()))
-    return index_domain(folder.resolve().name, items, digests, kept, dropped)
+                         + ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+                         + f"; first unusable items: {examples(dropped_items) or 'none'}")
+    return index_domain(folder, items, digests, kept, dropped, dropped_items)
 
-def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropped: dict) -> Domain:
+def index_domain(folder: Path, items: dict, digests: dict, rows: list[tuple], dropped: dict, lost: list) -> Domain:
     """Number what the reader kept."""
-    kept = {item for _, item, _ in rows}
-    item_ids = [item for item in items if item in kept]
-    titles, pictures = map(list, zip(*(items[item] for item in item_ids)))
+    name, bought = folder.resolve().name, {item for _, item, _ in rows}
+    item_ids = [item for item in items if item in bought]
+    titles, pictures = [items[item][0] for item in item_ids], [folder / items[item][1] for item in item_ids]
     index = {item: number for number, item in enumerate(item_ids)}
     users = {user: list(events) for user, events in itertools.groupby(rows, key=lambda row: row[0])}
     sequences = [[index[item] for _, item, _ in events] for events in users.values()]
@@ -202,15 +218,22 @@ def index_domain(name: str, items: dict, digests: dict, rows: list[tuple], dropp
                          f"beside the target; bring at least {least}")
     content = [list(zip(item_ids, titles, map(digests.get, item_ids))), list(users), sequences, tied]
     digest = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, digest)
+    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost, digest)
+
+def examples(dropped_items: list[tuple[str, str, str]]) -> str:
+    """The first three of the dropped items with their reasons, short; "" if there are none."""
+    named = ", ".join(f"{item!r:.20} ({reason})" for item, reason, _ in dropped_items[:3])
+    return textwrap.shorten(named, 74, placeholder=" ...")
 
 def describe(domain: Domain) -> str:
-    """What was read and what was dropped, for people."""
+    """What was read and what was dropped, for people, in lines of at most 100 characters."""
     users, events = len(domain.user_ids), sum(map(len, domain.sequences))
     lost = ", ".join(f"{count:,} {reason}" for reason, count in domain.dropped.items() if count) or "nothing"
-    return (f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} interactions, mean length "
-            f"{events / users:.1f}\n  dropped: {lost}\n"
-            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
+    named = examples(domain.dropped_items)
+    lines = [f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} interactions, mean length "
+             f"{events / users:.1f}", f"  dropped: {lost}", f"  first unusable items: {named}" if named else "",
+             f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users"]
+    return "\n".join(textwrap.fill(line, 100, subsequent_indent="    ") for line in lines if line)
 
 
 # The split and the negatives (Sections 5.1.1, 5.1.3) ------------------------------------------------------------------
@@ -218,7 +241,7 @@ def describe(domain: Domain) -> str:
 def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
     """(history, target) of a user. The test target is the last item, validation's the second to last, training's the
     third to last; the history is what comes before the target, its latest `length` items."""
-    at = len(sequence) - FROM_THE_END[split]
+    at = len(sequence) - {"test": 1, "valid": 2, "train": 3}[split]
     return sequence[max(0, at - length):at], sequence[at]
 
 def draw_negatives(user_id: str, sequence: list[int], items: int, split: str, seed: int) -> list[int]:
@@ -260,29 +283,41 @@ def whole_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place if the block ends well, and vanishes if it does not."""
     partial = path.with_name(f"{path.name}.part")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # the usual one; safetensors makes it 0600
         yield partial
+        partial.chmod(mode)
         os.replace(partial, path)
     except OSError as error:  # a write that fails does not say where
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 
+def check_domain(domain: str, data_dir: Path) -> None:
+    """Raise InputError, at once, unless `domain` is the path of a folder, or lies in data_dir, or can be made."""
+    known, last = [*WORLDS, *AMAZON], data_dir / domain / "items.csv"
+    if os.sep in domain or "/" in domain:
+        if not os.path.isdir(domain):
+            raise InputError(f"{domain} is no folder; a domain is one with items.csv, interactions.csv and images/")
+    elif domain not in known and not last.exists():
+        there = [path.parent.name for path in sorted(data_dir.glob("*/items.csv"))]
+        near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(domain, known + there, 1))
+        raise InputError(f"{last} is missing; {near}Write items.csv, interactions.csv and images/ there, give the path "
+                         f"of another folder, or take one of {', '.join(known)}")
+
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how."""
+    check_domain(domain, data_dir)
     if os.sep in domain or "/" in domain:
         return Path(domain)
     folder = data_dir / domain
     last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
-    if last.exists():
-        return folder
-    if domain not in [*WORLDS, *AMAZON]:
-        raise InputError(f"{last} is missing; write items.csv, interactions.csv and images/ there, give the path of "
-                         f"another folder, or take one of {', '.join([*WORLDS, *AMAZON])}")
-    with lock(folder, wait=True):
-        if domain in WORLDS and not last.exists():  # if it does, another process was first
-            write_sample_world(folder, **WORLDS[domain])
-        if domain in AMAZON and not last.exists():
-            prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
+    if not last.exists():
+        with lock(folder, wait=True):
+            if domain in WORLDS and not last.exists():  # if it does, another process was first
+                write_sample_world(folder, **WORLDS[domain])
+            if domain in AMAZON and not last.exists():
+                prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     return folder
 
 def prepare_model(model: str, data_dir: Path) -> str:
@@ -334,8 +369,7 @@ def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell:
                 day += rng.randint(1, 9) if rng.random() < 0.8 else 0
                 taken.add(item := rng.choices(free, [popularity[item] for item in free])[0])
                 events.append([f"u{user:04}", item, day * 86400])
-    events.sort(key=lambda row: row[1])
-    write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], events)
+    write_csv(folder / "interactions.csv", ["user_id", "item_id", "timestamp"], sorted(events, key=lambda row: row[1]))
     write_csv(folder / "items.csv", ["item_id", "title", "image"], rows)  # last: where it is, the domain is whole
 
 def draw_item(rng: random.Random, shape: str, hue: float, size: int = 84) -> Image.Image:
@@ -396,6 +430,7 @@ def write_tiny_model(folder: Path) -> None:
         Qwen2_5_VLModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil().save_pretrained(folder)
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)  # it would be 0600
 
 
 # Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ------------------------------------
@@ -564,13 +599,12 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     about = dict.fromkeys(reviewed, ("", ""))  # title, picture's address
     about |= {row[0]: row[1:] for row in read_lines(paths[1], lambda line: parse_metadata(line, reviewed)) if row}
     reasons = {item: reason for item in sorted(about) if (reason := obstacle(item, *about[item]))}
-    five_core = core(reviews)
     shown = core([row for row in reviews if row[1] not in reasons])
     addresses = {item: (mirror or PICTURES) + quote(urlsplit(about[item][1]).path, safe="/%+,")
                  for item in sorted({item for _, item, _ in shown})}
     reasons |= fetch_pictures(addresses, folder / "images")
     final = core([row for row in shown if row[1] not in reasons])
-    print(amazon_table(domain, reviews, five_core, final, reasons))
+    print(amazon_table(domain, reviews, core(reviews), final, reasons))
     dropped = [[item, reason, about[item][1]] for item, reason in sorted(reasons.items())]
     items = [[item, about[item][0], f"images/{item}.jpg"] for item in sorted({item for _, item, _ in final})]
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], dropped)
@@ -594,6 +628,7 @@ def main() -> int:
     parser.add_argument("--data-dir", default="domains", help="it goes to DATA_DIR/DOMAIN (default: domains)")
     parser.add_argument("--mirror", default="", help="address of archives and pictures, instead of their own")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
     try:
         print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
     except (InputError, OSError) as error:

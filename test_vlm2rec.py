@@ -20,6 +20,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,7 +35,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, features
 
 import data
 import vlm2rec
@@ -491,6 +492,153 @@ def test_16_bits_of_grey_stay_grey_and_a_camera_held_upright_gives_an_upright_pi
     assert data.load_picture(tmp_path / "p.jpg").size == (20, 40)
 
 
+def test_only_regular_files_are_read(tmp_path):
+    """A FIFO would be waited for, for ever: so the reading is done in a process that may take 30 seconds."""
+    folder = write_domain(tmp_path / "d")
+    for k in (4, 5, 6):
+        (folder / "images" / f"{k}.png").unlink()
+    os.mkfifo(folder / "images" / "4.png")
+    os.mkfifo(folder / "images" / "fifo")
+    (folder / "images" / "5.png").symlink_to("fifo")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(folder):
+        server.bind("images/6.png")
+    code = "try:\n    print(data.read_domain('d').dropped_items)\nexcept data.InputError as error:\n    print(error)"
+    said = python(code, tmp_path).communicate(timeout=30)[0]
+    assert said == f"{[(f'i{k}', 'not a regular file', f'images/{k}.png') for k in (4, 5, 6)]}\n"
+    for name in ("interactions.csv", "items.csv"):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        said = python(code, tmp_path).communicate(timeout=30)[0]
+        assert said.startswith(f"d/{name} is not a regular file; ") and said.count("\n") == 1
+
+
+def test_images_linked_to_itself_gets_one_line(tmp_path):
+    folder = write_domain(tmp_path / "d", pictures=False)
+    (folder / "images").rmdir()
+    (folder / "images").symlink_to("images")
+    with pytest.raises(data.InputError, match=r"nothing is left.*120 items without a decod.*'i0' \(no file\)") as error:
+        data.read_domain(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_each_unusable_item_is_named_with_its_reason(tmp_path):
+    images = {3: "", 4: "https://example.org/4.png", 5: "images\\5.png", 6: "images/gone.png", 7: "images/folder",
+              8: "images/text.png", 9: "images/large.png", 10: "images/larger.png", 11: "images/half.png"}
+    items = [[f"i{k}", f"title {k}", images.get(k, f"images/{k}.png")] for k in range(120)]
+    rows = [[f"u{u}", f"i{(u + 5 * k) % 120}", k] for u in range(120) for k in range(9)]
+    folder = write_domain(tmp_path / "d", items, rows)
+    (folder / "images" / "folder").mkdir()
+    (folder / "images" / "text.png").write_text("<html>404</html>")
+    Image.new("1", (10_000, 5_000)).save(folder / "images" / "large.png")
+    Image.new("1", (20_000, 10_000)).save(folder / "images" / "larger.png")  # which Pillow itself refuses
+    (folder / "images" / "half.png").write_bytes((folder / "images" / "8.png").read_bytes()[:60])
+    items[2][1] = " "
+    items += [["new", "never bought", "x" * 5000]]
+    domain = data.read_domain(write_domain(folder, items, rows, pictures=False))
+    assert [row[:2] for row in domain.dropped_items] == [
+        ("i2", "no title"), ("i3", "no picture"), ("i4", "a URL, not a path"), ("i5", "a path with backslashes"),
+        ("i6", "no file"), ("i7", "not a regular file"), ("i8", "not decodable"), ("i9", "too many pixels"),
+        ("i10", "too many pixels"), ("i11", "not decodable"), ("new", "no file")]
+    details = [row[2] for row in domain.dropped_items]
+    assert details[2:6] == [images[k] for k in (4, 5, 6, 7)] and details[-1] == "x" * 100
+    assert details[6] == "cannot identify image file" and details[7].startswith("10000 x 5000 pixels")
+    assert domain.dropped["items without a title"] == 1
+    assert domain.dropped["items without a decodable picture"] == 10
+    assert data.read_domain(write_domain(folder, items[:-1], rows, pictures=False)).digest == domain.digest
+
+
+def test_what_is_printed_names_three_unusable_items_in_short_lines(tmp_path):
+    items = [["an id \x1b[2J of very many characters" if k == 3 else f"i{k}", "" if 2 < k < 9 else f"title {k}",
+              f"images/{k}.png"] for k in range(120)]
+    rows = [[f"u{u}", items[(u * 2 + 5 * k) % 120][0], k] for u in range(60) for k in range(12)]
+    folder = write_domain(tmp_path / ("long " * 30), items, rows + rows[:9])
+    (folder / "images" / "90.png").unlink()
+    said = data.describe(data.read_domain(folder)).splitlines()
+    assert max(map(len, said)) <= 100
+    assert r"  first unusable items: 'an id \x1b[2J of ve (no title), 'i4' (no title), 'i5' (no title)" in said
+    assert "unusable" not in data.describe(data.read_domain(write_domain(tmp_path / "d")))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this build of Pillow has no AVIF")
+def test_avif_is_a_picture(tmp_path):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(tmp_path / "p.jpg", "AVIF")
+    red, green, blue = data.load_picture(tmp_path / "p.jpg").getpixel((5, 5))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.fixture
+def tokyo(monkeypatch):
+    """This machine's clock is 9 hours ahead of UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def test_a_timestamp_is_a_number_or_a_date(tmp_path, tokyo):
+    """2024-05-01 began 1,714,521,600 seconds after 1970, in UTC."""
+    noon = 1714521600 + 12 * 3600
+    assert data.parse_time("2024-05-01") == 1714521600 and data.parse_time("1969-12-31") == -86400
+    assert data.parse_time("2024-05-01T12:00:00Z") == data.parse_time("2024-05-01 12:00") == noon
+    assert data.parse_time("2024-05-01T12:00:00+02:00") == noon - 7200
+    assert data.parse_time("2024-05-01T12:00:00.250-05:30") == noon + 5.5 * 3600 + 0.25
+    assert data.parse_time("20240501") == 20240501                   # as ever
+    assert math.isnan(data.parse_time("01.05.2024")) and math.isnan(data.parse_time("2024-02-30"))
+    folder = write_domain(tmp_path / "d")
+    times = {7: "2024-05-01T23:30:00-01:00", 8: "2024-05-02", 9: "1714521600.5", 10: "2024-05-01", 11: "1.7145e9"}
+    rows = [[*row[:2], times.get(place % 12, row[2])] for place, row in enumerate(rows_of(folder, "interactions.csv"))]
+    rows[-1][2] = "May 1st"
+    with pytest.raises(data.InputError, match="'May 1st' is neither a number.*seconds.*nor an ISO 8601 date.*2024"):
+        data.read_domain(write_domain(folder, None, rows))
+    rows[-1][2] = "1e9"
+    domain = data.read_domain(write_domain(folder, None, rows))
+    order = [0, 1, 2, 3, 4, 5, 6, 11, 10, 9, 8, 7]
+    assert [domain.item_ids[item] for item in domain.sequences[0]] == [f"i{5 * k}" for k in order]
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("sampel", "did you mean sample?"), ("toy", "did you mean toys?"), ("my-shp", "did you mean my-shop?"),
+    ("qqqq", "is missing; Write"), ("amazon201", "is missing; Write"), ("./sample", "./sample is no folder"),
+    ("domains/my-shop/items.csv", "is no folder")])
+def test_a_misspelt_domain_is_refused_at_once_with_the_nearest_name(tmp_path, monkeypatch, name, expected):
+    monkeypatch.chdir(tmp_path)
+    write_domain(Path("domains", "my-shop"), pictures=False)
+    Path("domains", "amazon2014").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for call in (data.check_domain, data.prepare_domain):
+        with pytest.raises(data.InputError, match=re.escape(expected)) as error:
+            call(name, Path("domains"))
+        assert "\n" not in str(error.value) and ("/" in name or "one of sample, lopsided, toys" in str(error.value))
+    for known in ("sample", "toys", "my-shop", "./domains/my-shop", str(tmp_path)):
+        data.check_domain(known, Path("domains"))
+    assert sorted(tmp_path.rglob("*")) == before                     # nothing was made
+
+
+def test_files_get_the_usual_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        data.write_sample_world(tmp_path / "world", users=20, per_cell=1)
+        data.prepare_model("tiny", tmp_path)
+        with data.whole_file(tmp_path / "x.safetensors") as partial:  # safetensors writes files for its user alone
+            safetensors.torch.save_file({"x": torch.ones(1)}, partial)
+    finally:
+        os.umask(before)
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert all(mode == ("0o750" if path.is_dir() else "0o640") for path, mode in modes.items()), modes
+
+
+def test_an_ascii_terminal_shows_what_it_can(tmp_path):
+    assert Path(data.__file__).read_bytes().isascii()
+    items = [["é 日本" if k == 3 else f"i{k}", "" if k == 3 else f"title {k}", f"images/{k}.png"] for k in range(120)]
+    rows = [[f"u{u}", items[(u * 2 + 5 * k) % 120][0], k] for u in range(60) for k in range(12)]
+    write_domain(tmp_path / "dömains" / "sample", items, rows)
+    process = subprocess.run([sys.executable, "-B", HERE / "data.py", "sample", "--data-dir", tmp_path / "dömains"],
+                             env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert rb"first unusable items: '\xe9 \u65e5\u672c' (no title)" in process.stdout
+
+
 def test_the_sample_world_is_the_same_every_time_and_each_modality_is_clear_about_one_thing(tmp_path):
     for name in "ab":
         data.write_sample_world(tmp_path / name, users=300, per_cell=3)
@@ -838,6 +986,33 @@ def test_when_most_pictures_fail_or_many_give_no_answer_it_is_the_network(shop, 
     with pytest.raises(data.InputError, match="run again: it goes on"):
         data.prepare_domain("toys", tmp_path, shop.url)
     assert not list((tmp_path / "toys").glob("*.csv"))
+
+
+@pytest.mark.parametrize("where", ["archives", "pictures", "checks"])
+def test_ctrl_c_ends_in_one_line_at_once(shop, tmp_path, where):
+    """While a server keeps silent, for 16 threads too, and while pictures are checked that take 10 seconds each."""
+    silent = lambda handler: time.sleep(60)
+    if where == "checks":
+        write_domain(tmp_path / "toys")
+    else:
+        shop.faults = {path: [silent] * 4 for path in shop.files if ("images" in path) == (where == "pictures")}
+    main = "data.load_picture = lambda file: time.sleep(10)\n" if where == "checks" else ""
+    main += f"sys.argv = ['data.py', 'toys', '--data-dir', '.', '--mirror', {shop.url!r}]\nsys.exit(data.main())"
+    start = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nprint('ready', flush=True)\n"
+    process = python(start + main, tmp_path, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    until, asked = time.monotonic() + 20, {"archives": 1, "pictures": 2 + data.WORKERS, "checks": 0}[where]
+    while len(shop.log) < asked and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    try:
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and time.monotonic() - began < 4
+    assert err.strip() == "stopped; the same command goes on from here"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
