@@ -400,8 +400,8 @@ def write_csv(path: Path, header: list[str], rows: list[list]) -> None:
         csv.writer(file).writerows([header, *rows])
 
 def write_tiny_model(folder: Path) -> None:
-    """Write a checkpoint folder: a Qwen2.5-VL with the same 250,000 random parameters every time, and a BPE to which each
-    of the sample world's words is a token, as common words are to a real one; others it spells out byte by byte."""
+    """Write a checkpoint folder: a Qwen2.5-VL with the same 250,000 random parameters every time, and a BPE to which
+    each of the sample world's words is a token, as common words are to a real one; others it spells out by bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel

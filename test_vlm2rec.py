@@ -1615,7 +1615,7 @@ def test_damaged_files_of_a_run_are_named_with_a_remedy(finished, home, tmp_path
     features = next((tmp_path / "sample").glob("features-*"))
     features.write_bytes(features.read_bytes()[:1000])
     with contextlib.chdir(home):
-        assert command("--method", "vanilla", "--out", tmp_path) == 2
+        assert command("--method", "vanilla", "--out", tmp_path, "--restart") == 2
     assert f"{features} is damaged: " in (error := capsys.readouterr().err) and "; delete it" in error
     assert len(error.strip().splitlines()) == 1
     folder = tmp_path / "sample" / finished.name
