@@ -32,8 +32,7 @@ Glossary, code -> paper:
     U, N, P       users and items in a ranking, tokens of a picture
 
 We take means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B. What the paper leaves open is
-marked at its line and listed in the README. The method ends with the evaluation; behind it come loading and speed, the
-command line, a run, and the paper's evidence.
+marked at its line and listed in the README. The method ends with the evaluation; behind it comes what runs it.
 """
 import argparse
 import contextlib
@@ -73,11 +72,6 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 import data
 from data import Domain, InputError
 
@@ -111,9 +105,9 @@ METHODS = {
     "mean-pool": Method(()),                          # a history is the mean of its items' vectors
 }
 
-def option(default, help: str, least: float | None = None, most: float = 2**31 - 1, choices: list | None = None):
-    """A field of Config with its line in --help and the values that it may take."""
-    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), "choices": choices})
+def option(default, help: str, least: float | None = None, most: float = 2**31 - 1, **argument):
+    """A field of Config with its line in --help, the values that it may take, and more for argparse."""
+    return dataclasses.field(default=default, metadata={"help": help, "range": (least, most), "argument": argument})
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -121,7 +115,7 @@ class Config:
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
     method: str = option("vlm2rec", "one or more: vlm2rec; vanilla (no training); sft, text, vision, internal (Eq. 3); "
                          "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sasrec, gru4rec, mean-pool (see "
-                         "--embeddings)", choices=list(METHODS))
+                         "--embeddings)", choices=list(METHODS), nargs="+", metavar="name")
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives", 0)
@@ -146,7 +140,8 @@ class Config:
     adapter: str = option("", "folder of an adapter to evaluate instead of training: from another domain (Table 6); "
                           "{method} and {seed} in it are the run's, here and below")
     embeddings: str = option("", "one or more: item vectors for sasrec and gru4rec (Task 2; without any or for '': "
-                             "ids) or mean-pool (Task 1); .safetensors or .npy, in the order of items.csv")
+                             "ids) or mean-pool (Task 1); .safetensors or .npy, in the order of items.csv",
+                             nargs="+", metavar="name")
     gradients_every: int = option(0, "steps between two measurements of the gradients' angles (Fig. 1b); 0: none", 0)
     log_every: int = option(50, "steps between two lines of the log", 1)
     save_every: int = option(200, "steps between two checkpoints; another is written at the end of an epoch", 1)
@@ -186,11 +181,9 @@ class PromptBuilder:
 # Encoder (Sections 2.2.2, 2.3) ----------------------------------------------------------------------------------------
 
 class Encoder:
-    """Phi of Eq. 1: prompts in, the last token's state out.
-
-    It takes a Qwen2_5_VLModel, into which LoRA may be put before or after, its tokenizer, the titles of the N items,
-    and (N, P, D) features: what the frozen vision tower makes of their pictures. The tower is not used again.
-    """
+    """Phi of Eq. 1: prompts in, the last token's state out. It takes a Qwen2_5_VLModel, into which LoRA may be put
+    before or after, its tokenizer, the titles of the N items, and (N, P, D) features: what the frozen vision tower
+    makes of their pictures. The tower is not used again."""
 
     def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
         self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
@@ -259,11 +252,9 @@ def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(z, dim=-1) @ torch.nn.functional.normalize(e, dim=-1).T
 
 def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
-    """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user; the diagonal is False.
-
-    The paper does not say. We leave out what the user has: an equal target, or an item of `earlier` (B, H), those
-    before the target, padded with -1.
-    """
+    """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user; the diagonal is False. The
+    paper does not say. We leave out what the user has: an equal target, or an item of `earlier` (B, H), those before
+    the target, padded with -1."""
     owned = torch.cat([targets[:, None], earlier], dim=1)                 # (B, 1 + H)
     return ~(owned[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
 
@@ -484,6 +475,7 @@ def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation
 
 PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
 PADDING = 256                                 # tokens of padding in a forward pass that cost as much as another pass
+GOOD_MODEL = "give a folder written by save_pretrained, a name on the hub, or tiny"
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -512,13 +504,13 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
     InputError if there is no such model or a part of it is missing."""
     check_model(model, revision)
     print(f"loading {model}")
-    source = dict(pretrained_model_name_or_path=model, revision=revision, trust_remote_code=False)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hub = {"revision": revision, "trust_remote_code": False}
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
-        vlm, report = transformers.AutoModel.from_pretrained(dtype=dtype, use_safetensors=True,
-                                                             output_loading_info=True, **source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        processor = transformers.AutoImageProcessor.from_pretrained(backend="pil", **source)  # needs no torchvision
+        vlm, report = transformers.AutoModel.from_pretrained(model, dtype=dtype, use_safetensors=True,
+                                                             output_loading_info=True, **hub)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, **hub)
+        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)  # needs no torchvision
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
         pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -598,8 +590,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 class Dropout(torch.nn.Dropout):
-    """Dropout whose mask costs a quarter as much on a CPU, where torch draws one number at a time: 16 bits of it decide
-    an element here."""
+    """Dropout at a quarter of the cost on a CPU, where torch draws a number for each element: 16 bits decide."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or x.device.type != "cpu":
@@ -615,61 +606,55 @@ def lora_layers(vlm) -> list[torch.nn.Module]:
 def folded_lora(vlm) -> Iterator[None]:
     """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
     the bit. Not in bfloat16, which would round small updates away."""
-    layers = [(layer, layer.weight.data) for layer in lora_layers(vlm)
-              if not layer.disable_adapters and layer.weight.dtype == torch.float32]
-    for layer, weight in layers:
-        layer.weight.data = weight.clone()
-        layer.merge()
-    try:
+    with contextlib.ExitStack() as undo:
+        for layer in lora_layers(vlm):
+            if not layer.disable_adapters and layer.weight.dtype == torch.float32:
+                undo.callback(setattr, layer.weight, "data", layer.weight.data)
+                undo.callback(layer.unmerge)  # before the line above: the last one is undone first
+                layer.weight.data = layer.weight.data.clone()
+                layer.merge()
         yield
-    finally:
-        for layer, weight in layers:
-            layer.unmerge()
-            layer.weight.data = weight
 
 
 # The command line -----------------------------------------------------------------------------------------------------
 
-DOMAIN_DEFAULTS = {"sample": {"model": "tiny"}, "lopsided": {"model": "tiny"}}  # what the choice of a domain or of a
-MODEL_DEFAULTS = {"tiny": {"lr": 1e-3, "image_size": 56}}                       # model brings along; a flag wins
-GOOD_MODEL = "give a folder written by save_pretrained, a name on the hub, or tiny"
+BRINGS = {("domain", "sample"): {"model": "tiny"},  # what the choice of a domain or a model brings along; a flag wins
+          ("domain", "lopsided"): {"model": "tiny"},
+          ("model", "tiny"): {"lr": 1e-3, "image_size": 56}}
+EPILOG = """sample and lopsided bring --model tiny; tiny brings --lr 0.001, --image-size 56; of the flags for encoder
+and training, sasrec, gru4rec and mean-pool take --history and --train-users and ignore the others"""
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 def parse_config(argv: list[str] | None = None) -> tuple[list[Config], list[str]]:
     """The command line as a Config for each method, --embeddings and seed, and the item ids of --recommend."""
-    brings = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
-              for choice, row in [*DOMAIN_DEFAULTS.items(), *MODEL_DEFAULTS.items()]]
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="; ".join([
-        *brings, "of the flags for the encoder and its training, sasrec, gru4rec and mean-pool take --history and "
-        "--train-users and ignore the others"]))
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog=EPILOG)
     for field in dataclasses.fields(Config):
-        several, choices = field.name in ("method", "embeddings"), field.metadata["choices"]
-        kind = {"action": "store_true"} if field.type is bool else {
-            "type": field.type, "choices": choices, "nargs": "+" if several else None,
-            "metavar": "name" if several else None if choices else field.type.__name__}
-        parser.add_argument(flag(field.name), default=[field.default] if several else field.default, **kind,
-                            help=f"{field.metadata['help']} (default: {field.default})")
+        text, argument = f"{field.metadata['help']} (default: {field.default})", field.metadata["argument"]
+        metavar = None if "choices" in argument else field.type.__name__
+        kind = {"action": "store_true"} if field.type is bool else {"type": field.type, "metavar": metavar, **argument}
+        default = [field.default] if "nargs" in argument else field.default
+        parser.add_argument(flag(field.name), default=default, help=text, **kind)
     parser.add_argument("--seeds", type=int, default=1, metavar="int", help="so many from --seed on (default: 1)")
     parser.add_argument("--recommend", nargs="+", default=[], metavar="item_id",
                         help="with the flags of a finished run: its top ten after this history, oldest first")
-    for defaults, name in ((DOMAIN_DEFAULTS, "domain"), (MODEL_DEFAULTS, "model")):
-        parser.set_defaults(**defaults.get(getattr(parser.parse_args(argv), name), {}))
-    flags = vars(parser.parse_args(argv))
-    if (seeds := flags.pop("seeds")) < 1:
-        raise InputError(f"--seeds {seeds}: it has to be at least 1")
-    configs, history = [], flags.pop("recommend")
-    for method, file, seed in itertools.product(flags["method"], flags["embeddings"], range(seeds)):
-        run = {"method": method, "seed": flags["seed"] + seed, "embeddings": file}
-        for name in ("adapter", "embeddings"):
-            run[name] = (flags | run)[name].replace("{method}", method).replace("{seed}", str(run["seed"]))
-        configs.append(check_config(Config(**flags | run)))
+    for (name, choice), row in BRINGS.items():
+        if getattr(parser.parse_args(argv), name) == choice:
+            parser.set_defaults(**row)
+    flags, configs = vars(parser.parse_args(argv)), []
+    history, count = flags.pop("recommend"), flags.pop("seeds")
+    if count < 1:
+        raise InputError(f"--seeds {count}: it has to be at least 1")
+    seeds = range(flags["seed"], flags["seed"] + count)
+    for method, file, seed in itertools.product(flags["method"], flags["embeddings"], seeds):
+        fill = lambda path: path.replace("{method}", method).replace("{seed}", str(seed))
+        given = {"embeddings": fill(file), "adapter": fill(flags["adapter"])}
+        configs.append(check_config(Config(**flags | given | {"method": method, "seed": seed})))
     return list(dict.fromkeys(configs)), history
 
-def flag(name: str) -> str:
-    """A field of Config as the command line calls it."""
-    return "--" + name.replace("_", "-")
-
 def check_config(config: Config) -> Config:
-    """Raise InputError, with the flag's name, for values that make no sense alone or together."""
+    """The same. Raises InputError, with the flag's name, for values that make no sense alone or together."""
     for field in dataclasses.fields(Config):
         value, (least, most) = getattr(config, field.name), field.metadata["range"]
         if least is not None and not least <= value <= most:
@@ -772,25 +757,22 @@ def load_checkpoint(folder: Path, state: dict) -> dict | None:
 def stop_requests() -> Iterator[threading.Event]:
     """While the block runs, Ctrl-C and SIGTERM set this event; a second one stops at once."""
     stop = threading.Event()
-
-    def request(number, frame):
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-    handlers = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as undo:
+        def request(number, frame):
+            stop.set()
+            undo.close()  # from here on a second one stops at once
+        for number in (signal.SIGINT, signal.SIGTERM):
+            undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def peak_gib(device: str) -> float:
     """The most memory held so far in GiB, on the GPU or by this process; NaN where it is not known."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    with contextlib.suppress(ImportError):  # Windows has no such module
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return math.nan
 
 def settings_of(config: Config, domain: Domain, device: str) -> dict:
     """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
