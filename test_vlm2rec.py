@@ -1757,9 +1757,8 @@ def fake_runs(folder, method, scores, ranks):
 
 def compared(runs):
     """The table on the test split, and the comparison user by user."""
-    results = {method: [json.loads((folder / "metrics.json").read_text()) for folder in folders]
-               for method, folders in runs.items()}
-    return vlm2rec.comparison(results, "test", "seed0-2"), vlm2rec.differences(runs, results)
+    results = {method: [vlm2rec.read_result(folder) for folder in folders] for method, folders in runs.items()}
+    return vlm2rec.comparison(results, "test", "seed0-2"), vlm2rec.differences(results)
 
 
 def test_the_comparison_by_hand(tmp_path):
@@ -1865,7 +1864,8 @@ def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(tmp_path, kind
     domain = walkers(tmp_path)
     valid, test = (vlm2rec.make_evaluation(domain, split, 10, 0) for split in ("valid", "test"))
     samples = vlm2rec.training_samples(domain, 10, 0, 0)
-    model, best = vlm2rec.train_downstream(kind, samples, valid, vectors, 120, "cpu", 0, 10, epochs=100, lr=5e-3)
+    model = vlm2rec.SequenceRecommender(kind, 120, vectors)
+    best = vlm2rec.train_downstream(model, samples, valid, 0, epochs=100, lr=5e-3)
     assert best["N@10"] > 0.9 and vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] > 0.9  # chance is .045
     assert isinstance(model.adapter, torch.nn.Linear) == (vectors is not None) and model.items().shape == (120, 128)
     if vectors is not None:                                         # they start at norm 1, and are trained
@@ -1883,8 +1883,11 @@ def test_downstream_models_train_on_the_latest_items_before_the_last_two(tmp_pat
     asked, cross_entropy = [], torch.nn.functional.cross_entropy
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", lambda logits, targets: (
         asked.append(sorted(targets.tolist())), cross_entropy(logits, targets))[1])
-    config = vlm2rec.Config(method="gru4rec", history=4, train_users=32)
-    vlm2rec.run_downstream(config, domain, None, "cpu", tmp_path)
+    config = vlm2rec.Config(method="gru4rec", history=4, train_users=32, device="cpu", out=tmp_path,
+                            domain=f"{tmp_path}/walk")
+    run = vlm2rec.Run(config)
+    run.folder.mkdir(parents=True)
+    vlm2rec.run_downstream(run, None)
     samples = vlm2rec.training_samples(domain, 4, 32, seed=0)
     sequences = [[*earlier, target] for _, target, earlier in samples]
     assert len(samples) == 32 and all(sequence in [s[:-2] for s in domain.sequences] for sequence in sequences)
@@ -1962,10 +1965,11 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
     expected = {"perfect": [1, 1, 1, 1], "constant": [0, 0, 0, 0], "random": list(vlm2rec.CHANCE.values())}
     runs, tolerance = {}, {"perfect": 0, "constant": 0, "random": 0.09}   # three standard errors of 120 targets
     for name, vectors in e.items():                                                   # Task 1
-        config = vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy")
-        runs[name] = [tmp_path / name]
-        runs[name][0].mkdir()
-        table = vlm2rec.run_downstream(config, domain, vectors, "cpu", runs[name][0])
+        run = vlm2rec.Run(vlm2rec.Config(method="mean-pool", embeddings=f"{name}.npy", out=tmp_path,
+                                         domain=f"{tmp_path}/clubs"))
+        runs[name] = [run.folder]
+        run.folder.mkdir(parents=True)
+        table = vlm2rec.run_downstream(run, vectors)
         ours = [row for row in table.splitlines() if f"+{name} " in row or "20 times or more" in row]
         assert len(ours) == 2                                                          # the test split, by frequency
         for row in ours:
@@ -1984,8 +1988,9 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
     assert shape["random"]["S"] == pytest.approx(1, abs=0.1) and shape["random"]["U"] < -3
     for kind in ("sasrec", "gru4rec"):                                                 # Task 2, too short for ids
         samples = vlm2rec.training_samples(domain, 10, 0, 0)
-        models = {name: vlm2rec.train_downstream(kind, samples, valid, e[name], 120, "cpu", 0, 10, epochs=2,
-                                                 batch=128)[0] for name in e}
+        models = {name: vlm2rec.SequenceRecommender(kind, 120, e[name]) for name in e}
+        for model in models.values():
+            vlm2rec.train_downstream(model, samples, valid, 0, epochs=2, batch=128)
         found = {name: vlm2rec.hits_and_ndcg(model.rank(test)[0])["N@10"] for name, model in models.items()}
         assert found["perfect"] > 0.95 and found["random"] < 0.3 and found["constant"] < 0.1
 

@@ -48,7 +48,6 @@ import math
 import os
 import random
 import re
-import shutil
 import signal
 import statistics
 import sys
@@ -674,17 +673,202 @@ def check_config(config: Config) -> Config:
 # A run: its log, its checkpoint, its folder ---------------------------------------------------------------------------
 
 CHANCE = hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2))  # what a random order of the candidates scores on average
-LEGEND = """t2f: text histories look for fused items, v: vision; A_pos, A_neg: mean squared distance of
-histories to targets and to negatives; U: uniformity, lower is more spread; S = A_neg / A_pos"""
-CARD = """---\nbase_model: {model}\nlibrary_name: peft\n---
-LoRA of VLM2Rec (arXiv 2603.17450), method {method}, for {model}, trained on {name}. To load it:
-`peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained("{model}"), "this folder")`.
+CARD = """---\nbase_model: {config.model}\nlibrary_name: peft\n---
+LoRA of VLM2Rec (arXiv 2603.17450), method {config.method}, for {config.model}, trained on {name}. To load it:
+`peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained("{config.model}"), "this folder")`.
 The last token's state of a prompt is the embedding: titles or pictures, a newline between two, one end token."""
 LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"
 RUN_FILES = [LOG, CHECKPOINT, TABLE, "config.json", "metrics.json", "ranks.csv", "dropped.csv", "items.safetensors",
-             "users.safetensors", "recommendations.png", "recommended.png",
-             *(f"adapter/{name}" for name in ("adapter_model.safetensors", "adapter_config.json", "README.md"))]
+             "users.safetensors", "recommendations.png", "recommended.png", "adapter/adapter_model.safetensors",
+             "adapter/adapter_config.json", "adapter/README.md"]
 FREE = {"domain", "data_dir", "mirror", "out", "restart", "log_every", "save_every", "checkpointing", "source_digest"}
+WAY_OUT = "--restart replaces it, another --out leaves it alone"
+
+class Run:
+    """One method with one seed on one domain: `--method`, `--seed` and the rest as `config`."""
+
+    def __init__(self, config: Config):
+        """Check, prepare and read what the run needs, and say what it is."""
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch, or --device cpu")
+        self.config, self.method, data_dir = config, METHODS[config.method], Path(config.data_dir)
+        self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+        data.check_domain(config.domain, data_dir)
+        self.model = data.prepare_model(config.model, data_dir)
+        if self.method.modalities:
+            check_model(self.model, config.revision)  # before the data, which may take hours to fetch
+        self.source = data.prepare_domain(config.domain, data_dir, config.mirror)
+        self.domain = domain = data.read_domain(self.source)
+        print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
+              f"{self.device}, {config.method}, seed {config.seed}\n{data.describe(domain)}")
+        if (users := min(config.train_users or math.inf, len(domain.user_ids))) < config.batch:
+            raise InputError(f"{domain.name}: {users} users to train on, less than one --batch of {config.batch}")
+        self.name = config.method + ("+zero-shot" if config.adapter else "")  # in a table
+        if config.embeddings:
+            path = Path(config.embeddings).resolve()
+            self.name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
+        self.folder = Path(config.out, domain.name, f"{self.name}-seed{config.seed}")
+
+    def settings(self) -> dict:
+        """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
+        def digest(paths) -> str:
+            content = b"".join(path.read_bytes() for path in sorted(paths) if path.is_file())
+            return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+        adapter, vectors = Path(self.config.adapter).glob("adapter_*"), [Path(self.config.embeddings)]
+        return {**dataclasses.asdict(self.config), "device": self.device, "python": sys.version.split()[0],
+                **{package.__name__: package.__version__ for package in (torch, transformers, peft, PIL)},
+                "data_digest": self.domain.digest, "source_digest": digest([Path(__file__), Path(data.__file__)]),
+                "given_digest": digest(adapter if self.config.adapter else vectors)}
+
+    def is_begun(self) -> bool:
+        """Is it in its folder, to go on with or to show? Raises InputError, which names what differs, if one with other
+        settings is there, apart from FREE ones, which change no number."""
+        path, there = self.folder / "config.json", [name for name in RUN_FILES if (self.folder / name).exists()]
+        if there and not path.exists():
+            raise InputError(f"{self.folder} holds {there[0]} but no config.json, which tells whose it is. {WAY_OUT}")
+        if not {CHECKPOINT, TABLE} & set(there):
+            return False  # nothing, or what came to nothing
+        with readable(f"{path} is damaged", WAY_OUT):
+            before = dict(json.loads(path.read_text("utf-8")))
+        differing = {name: f"{name} was {before.get(name)!r}, now {value!r}"
+                     for name, value in self.settings().items() if before.get(name) != value}
+        if "source_digest" in differing:
+            print(f"note: {self.folder} was begun with another version of vlm2rec.py or data.py")
+        if told := [text for name, text in differing.items() if name not in FREE]:
+            raise InputError(f"{self.folder} holds a run with other settings: {'; '.join(told)}. {WAY_OUT}")
+        return True
+
+    def encoder(self, adapter: str | Path) -> Encoder:
+        size, revision, cache = self.config.image_size, self.config.revision, self.folder.parent
+        encoder = build_encoder(self.domain, self.model, size, cache, revision, self.device)
+        if adapter:
+            load_adapter(encoder, adapter)
+        return encoder
+
+    def evaluation(self, split: str) -> Evaluation:
+        return make_evaluation(self.domain, split, self.config.history, self.config.seed)
+
+def execute(run: Run) -> None:
+    """Train and evaluate, or go on with it, or show its tables if they are there already."""
+    config, folder = run.config, run.folder
+    with data.lock(folder):
+        goes_on = not config.restart and run.is_begun()
+        if goes_on and (table := folder / TABLE).exists():  # the last file that a run writes
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
+            print(f"\n{table.read_text('utf-8')}\n{folder} is finished since {when}; --restart repeats it")
+            return
+        encoder = run.encoder(config.adapter) if run.method.modalities else None
+        vectors = read_vectors(Path(config.embeddings), run.domain, run.source) if config.embeddings else None
+        if not goes_on:
+            for name in RUN_FILES:
+                (folder / name).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            data.write_csv(folder / "dropped.csv", ["item_id", "reason", "detail"], run.domain.dropped_items)
+        write_text(folder / "config.json", json.dumps(run.settings(), indent=1))
+        tables = run_embedder(run, encoder) if encoder else run_downstream(run, vectors)
+        write_text(folder / TABLE, tables)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    print(f"\n{tables}\n\nwrote {folder}")
+
+def run_embedder(run: Run, encoder: Encoder) -> str:
+    """Train if the method does and no adapter was given, score the test split, write the results, return the tables."""
+    config, domain, folder, method, test = run.config, run.domain, run.folder, run.method, run.evaluation("test")
+    if config.adapter or not (method.contrast or method.topology):
+        valid, untrained = validate(encoder, method, domain, run.evaluation("valid")), None
+    else:
+        torch.manual_seed(config.seed)
+        checkpointing = config.checkpointing == "on"
+        adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, checkpointing)
+        lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
+        valid, untrained = train(encoder, lora, domain, config, folder)
+        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
+        (folder / "adapter" / "adapter_model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not 0600
+        write_text(folder / "adapter" / "README.md", CARD.format(config=config, name=domain.name))
+    clock = time.perf_counter()
+    e = encoder.embed(encoder.catalogue, method.modalities)
+    print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
+          f"peak memory {peak_gib():.2f} GiB")
+    z = encoder.embed(test.histories, method.modalities)
+    for name, spaces, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
+        tensors = {space: spaces[space] for space in (*BOTH, "fused") if space in spaces}
+        with data.whole_file(folder / f"{name}s.safetensors") as partial:
+            safetensors.torch.save_file(tensors, partial, {f"{name}_ids": json.dumps(ids)})
+    contact_sheet(folder / "recommendations.png", domain, test, z, e)
+    tables = write_results(run, test, test.rank(z["fused"], e["fused"]), valid, untrained)
+    if len(method.modalities) == 2:
+        shape = {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z}
+        tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), LEGEND])
+    return tables
+
+def run_downstream(run: Run, vectors: torch.Tensor | None) -> str:
+    """`run_embedder` for a model of item ids or of given item vectors."""
+    config, domain, test, valid = run.config, run.domain, run.evaluation("test"), run.evaluation("valid")
+    if config.method == "mean-pool":
+        pooled = lambda split: torch.stack([vectors[history].mean(dim=0) for history in split.histories])
+        ranks, scores = test.rank(pooled(test), vectors), hits_and_ndcg(valid.rank(pooled(valid), vectors)[0])
+    else:
+        samples = training_samples(domain, config.history, config.train_users, config.seed)
+        torch.manual_seed(config.seed)
+        model = SequenceRecommender(config.method, len(domain.item_ids), vectors, config.history).to(run.device)
+        scores, ranks = train_downstream(model, samples, valid, config.seed), model.rank(test)
+    return write_results(run, test, ranks, scores)
+
+def write_results(run: Run, test: Evaluation, ranks: tuple, valid: dict, untrained: dict | None = None) -> str:
+    """Write ranks.csv and metrics.json, as README.md describes them; return the verdict and the tables."""
+    config, domain, name = run.config, run.domain, run.name
+    columns = ([f"{rank:g}" for rank in column.tolist()] for column in ranks)
+    targets = [domain.item_ids[item] for item in test.targets]
+    data.write_csv(run.folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
+                   zip(domain.user_ids, targets, *columns))
+    untied, seen = ~torch.tensor(domain.tied), training_counts(domain)
+    popularity = hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives]))
+    scores = dict(zip(("test", "test_full", "test_untied"), map(hits_and_ndcg, (*ranks, ranks[0][untied]))))
+    write_text(run.folder / "metrics.json", json.dumps({
+        "domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
+        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid,
+        "popularity": popularity, "untrained": untrained}, indent=1))
+    rows = {"chance": CHANCE, "popularity": popularity,
+            name: scores["test"], f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
+            f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"],
+            "before training, validation": untrained, f"{name}, validation": valid}
+    return "\n\n".join([verdict(name, scores["test"], popularity, valid, untrained), as_table(rows, "test"),
+                        as_table(by_frequency(seen[test.targets], ranks[0]))])
+
+def verdict(name: str, test: dict, popularity: dict, valid: dict, untrained: dict | None) -> str:
+    """Did the run learn something? In one or two lines, by N@10."""
+    ratios = {"popularity": test["N@10"] / (popularity["N@10"] or math.nan)}
+    if untrained:
+        ratios["the untrained model (validation)"] = valid["N@10"] / (untrained["N@10"] or math.nan)
+    line = f"{name}: N@10 {test['N@10']:.4f}, " + ", ".join(f"{ratio:.2f} times {of}" for of, ratio in ratios.items())
+    if not all(ratio > 1 for ratio in ratios.values()):
+        line += "\nwarning: no better than that; usual reasons: random weights, too few users, an unfit --lr"
+    return line
+
+def training_counts(domain: Domain) -> torch.Tensor:
+    """(N,) how many users have each item before their validation target."""
+    items = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
+    return items.bincount(minlength=len(domain.item_ids)).float()
+
+def by_frequency(seen: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict]:
+    """H@k and N@k by how often each target was seen before the users' last two items (Fig. 3), both (U,)."""
+    rows = {}
+    for low, high, words in ((0, 4, "0 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 1e9, "20 times or more")):
+        inside = (low <= seen) & (seen <= high)
+        rows[f"targets seen {words} ({int(inside.sum()):,} users)"] = hits_and_ndcg(ranks[inside])
+    return rows
+
+def as_table(rows: dict[str, dict | None], title: str = "") -> str:
+    """Named rows of scores as Markdown, without those that are None; a single score that is None is a dash."""
+    text = lambda cell: "-" if cell is None else cell if isinstance(cell, str) else f"{cell:.4f}"
+    columns = list(next(iter(rows.values())))
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *map(text, row.values())] for name, row in rows.items() if row]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+def write_text(path: Path, text: str) -> None:
+    with data.whole_file(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
 
 class Log:
     """log.jsonl: a line every --log-every steps and at the end of an epoch, with the mean of each term since the last
@@ -695,15 +879,13 @@ class Log:
         self.pending, self.clock, self.tokens = [], time.perf_counter(), encoder.tokens
 
     def add(self, step: int, epoch: int, terms: dict[str, torch.Tensor]) -> None:
-        """Note a step's terms (scalars)."""
         self.step, self.epoch, self.names = step, epoch, list(terms)
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
         if step % self.config.log_every == 0 or step % self.steps == 0:
             self.write()
 
     def write(self) -> None:
-        """Write the line for the steps since the last one, if there are any, and start the clock again. Raises
-        FloatingPointError, with the first bad step, if a value is not finite."""
+        """Write the line, restart the clock. Raises FloatingPointError, with the first bad step, if there is any."""
         if self.pending:
             values = torch.stack(self.pending).cpu()                                               # (steps, terms)
             if not (finite := values.isfinite().all(dim=1)).all():
@@ -715,20 +897,18 @@ class Log:
             users, left = self.config.batch / seconds, seconds * (self.config.epochs * self.steps - self.step) / 60
             self.append({"step": self.step, "epoch": self.epoch, **means, "users_per_s": round(users, 2),
                          "tokens_per_s": round((self.encoder.tokens - self.tokens) / len(values) / seconds),
-                         "peak_gib": round(peak_gib(values.device.type), 3),
+                         "peak_gib": round(peak_gib(), 3),
                          "epoch_minutes": round(seconds * self.steps / 60, 3), "minutes_left": round(left, 1)})
             tqdm.write(f"epoch {self.epoch}, step {self.step} of {self.config.epochs * self.steps}: "
                        f"loss {means['loss']:.4f}, {users:.3g} users/s, {left:.1f} minutes left")
         self.pending, self.clock, self.tokens = [], time.perf_counter(), self.encoder.tokens
 
     def append(self, line: dict[str, float]) -> None:
-        """Write a line."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 def save_checkpoint(folder: Path, state: dict, progress: dict) -> None:
-    """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all. `state`
-    holds, by name, what has a state_dict."""
+    """Write all that a killed run needs to go on to the same numbers, on a CPU to the bit; whole or not at all."""
     content = io.BytesIO()  # a full disk has to show in our own write, as an OSError
     torch.save({"state": {name: part.state_dict() for name, part in state.items()}, "progress": progress,
                 "log": (folder / LOG).stat().st_size, "random": torch.get_rng_state(),
@@ -765,280 +945,88 @@ def stop_requests() -> Iterator[threading.Event]:
             undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
 
-def peak_gib(device: str) -> float:
-    """The most memory held so far in GiB, on the GPU or by this process; NaN where it is not known."""
-    if device == "cuda":
+def peak_gib() -> float:
+    """The most memory held so far in GiB, on the GPU if it is in use, or by this process; NaN where it is not known."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
     with contextlib.suppress(ImportError):  # Windows has no such module
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     return math.nan
 
-def settings_of(config: Config, domain: Domain, device: str) -> dict:
-    """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
-    def digest(*paths: Path) -> str:
-        content = b"".join(path.read_bytes() for path in sorted(paths) if path.is_file())
-        return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-    inputs = Path(config.adapter).glob("adapter_*") if config.adapter else [Path(config.embeddings)]
-    return {**dataclasses.asdict(config), "device": device, "python": sys.version.split()[0],
-            **{package.__name__: package.__version__ for package in (torch, transformers, peft, PIL)},
-            "data_digest": domain.digest, "source_digest": digest(Path(__file__), Path(data.__file__)),
-            "given_digest": digest(*inputs)}
-
-def same_run(folder: Path, settings: dict) -> bool:
-    """Is there a run in `folder` to go on with or to show? Raises InputError, which names what differs, if its settings
-    are not these, apart from FREE ones, which change no number."""
-    path = folder / "config.json"
-    if not path.exists():
-        if there := [name for name in RUN_FILES if (folder / name).exists()]:
-            raise InputError(f"{folder} holds {there[0]} but no config.json, which tells whose it is. --restart "
-                             "replaces it, another --out leaves it alone")
-        return False
-    with readable(f"{path} is damaged", "--restart replaces the run, another --out leaves it alone"):
-        before = dict(json.loads(path.read_text("utf-8")))
-    differing = [name for name, value in settings.items() if before.get(name) != value]
-    if differing and not (folder / CHECKPOINT).exists() and not (folder / TABLE).exists():
-        return False  # it came to nothing
-    if "source_digest" in differing:
-        print(f"note: {folder} was begun with another version of vlm2rec.py or data.py")
-    if told := [f"{name} was {before.get(name)!r}, now {settings[name]!r}" for name in differing if name not in FREE]:
-        raise InputError(f"{folder} holds a run with other settings: {'; '.join(told)}. --restart replaces it, "
-                         "another --out leaves it alone")
-    return True
-
-def run_name(config: Config) -> str:
-    """What tells a run's folder and its row in a table from others of its domain."""
-    name = config.method + ("+zero-shot" if config.adapter else "")
-    if config.embeddings:
-        path = Path(config.embeddings).resolve()
-        name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
-    return name
-
-def set_up(config: Config) -> tuple[Domain, Path, str, str]:
-    """The domain, its folder, the model and the device of a run, prepared if need be; says what they are."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA GPU; install a CUDA build of torch or take --device cpu")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    data_dir = Path(config.data_dir)
-    data.check_domain(config.domain, data_dir)
-    model = data.prepare_model(config.model, data_dir)
-    if METHODS[config.method].modalities:
-        check_model(model, config.revision)  # before the data, which may take hours to fetch
-    folder = data.prepare_domain(config.domain, data_dir, config.mirror)
-    domain = data.read_domain(folder)
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; {device}, "
-          f"{config.method}, seed {config.seed}\n{data.describe(domain)}")
-    if (users := min(config.train_users or math.inf, len(domain.user_ids))) < config.batch:
-        raise InputError(f"{domain.name}: {users} users to train on, less than one --batch of {config.batch}")
-    return domain, folder, model, device
-
-def run_folder(config: Config, domain: Domain) -> Path:
-    """Where the results of a run lie."""
-    return Path(config.out, domain.name, f"{run_name(config)}-seed{config.seed}")
-
-def run(config: Config) -> Path:
-    """Train and evaluate one method with one seed, or go on with it, or show its tables if they are there already;
-    return its folder."""
-    domain, source, model, device = set_up(config)
-    folder, settings = run_folder(config, domain), settings_of(config, domain, device)
-    encoder, vectors = None, None
-    with data.lock(folder):
-        goes_on = not config.restart and same_run(folder, settings)
-        if goes_on and (table := folder / TABLE).exists():  # the last file that a run writes
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(table.stat().st_mtime))
-            print(f"\n{table.read_text('utf-8')}\n{folder} is finished since {when}; --restart repeats it")
-            return folder
-        if METHODS[config.method].modalities:
-            encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
-            if config.adapter:
-                load_adapter(encoder, config.adapter)
-        elif config.embeddings:
-            vectors = read_vectors(Path(config.embeddings), domain, source)
-        if not goes_on:
-            for path in (folder / name for name in RUN_FILES):
-                path.unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            data.write_csv(folder / "dropped.csv", ["item_id", "reason", "detail"], domain.dropped_items)
-        write_text(folder / "config.json", json.dumps(settings, indent=1))
-        tables = (run_embedder(config, domain, encoder, folder) if encoder
-                  else run_downstream(config, domain, vectors, device, folder))
-        write_text(folder / TABLE, tables)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
-    print(f"\n{tables}\n\nwrote {folder}")
-    return folder
-
-def run_embedder(config: Config, domain: Domain, encoder: Encoder, folder: Path) -> str:
-    """Train if the method does and no adapter was given, score the test split, write the results into `folder` and
-    return their tables."""
-    method, test = METHODS[config.method], make_evaluation(domain, "test", config.history, config.seed)
-    if config.adapter or not (method.contrast or method.topology):
-        valid = validate(encoder, method, domain, make_evaluation(domain, "valid", config.history, config.seed))
-        untrained = None
-    else:
-        torch.manual_seed(config.seed)
-        adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout,
-                           config.checkpointing == "on")
-        lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
-        valid, untrained = train(encoder, lora, domain, config, folder)
-        adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
-        shutil.copymode(folder / "config.json", folder / "adapter" / "adapter_model.safetensors")  # it is 0600
-        card = CARD.format(method=config.method, model=config.model, name=domain.name)
-        write_text(folder / "adapter" / "README.md", card)
-    clock = time.perf_counter()
-    e = encoder.embed(encoder.catalogue, method.modalities)
-    print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
-          f"peak memory {peak_gib(encoder.device.type):.2f} GiB")
-    z = encoder.embed(test.histories, method.modalities)
-    for name, spaces, ids in (("items", e, domain.item_ids), ("users", z, domain.user_ids)):
-        spaces = {space: spaces[space] for space in (*BOTH, "fused") if space in spaces}
-        with data.whole_file(folder / f"{name}.safetensors") as partial:
-            safetensors.torch.save_file(spaces, partial, {f"{name[:-1]}_ids": json.dumps(ids)})
-    tables = write_results(folder, config, domain, test, *test.rank(z["fused"], e["fused"]), valid, untrained)
-    contact_sheet(folder / "recommendations.png", domain, test, z, e)
-    if len(method.modalities) == 2:
-        shape = {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z}
-        tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), LEGEND])
-    return tables
-
-def run_downstream(config: Config, domain: Domain, vectors: torch.Tensor | None, device: str, folder: Path) -> str:
-    """`run_embedder` for a model of item ids or of given item vectors."""
-    test, valid = (make_evaluation(domain, split, config.history, config.seed) for split in ("test", "valid"))
-    if config.method == "mean-pool":
-        means = [torch.stack([vectors[history].mean(dim=0) for history in split.histories]) for split in (test, valid)]
-        ranks, scores = test.rank(means[0], vectors), hits_and_ndcg(valid.rank(means[1], vectors)[0])
-    else:
-        samples = training_samples(domain, config.history, config.train_users, config.seed)
-        model, scores = train_downstream(config.method, samples, valid, vectors, len(domain.item_ids), device,
-                                         config.seed, config.history)
-        ranks = model.rank(test)
-    return write_results(folder, config, domain, test, *ranks, scores, None)
-
-def write_results(folder: Path, config: Config, domain: Domain, test: Evaluation, ranks: torch.Tensor,
-                  full: torch.Tensor, valid: dict, untrained: dict | None) -> str:
-    """Write ranks.csv and metrics.json, as README.md describes them; return the verdict and the tables."""
-    columns = domain.user_ids, [domain.item_ids[item] for item in test.targets], ranks.tolist(), full.tolist()
-    data.write_csv(folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
-                   [[user, item, f"{rank:g}", f"{rank_full:g}"] for user, item, rank, rank_full in zip(*columns)])
-    untied, name, seen = ~torch.tensor(domain.tied), run_name(config), training_counts(domain)
-    popularity = hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives]))
-    scores = {"test": hits_and_ndcg(ranks), "test_full": hits_and_ndcg(full),
-              "test_untied": hits_and_ndcg(ranks[untied])}
-    write_text(folder / "metrics.json", json.dumps({
-        "domain": domain.name, "method": name, "seed": config.seed, "model": config.model,
-        "users": len(domain.user_ids), "items": len(domain.item_ids), **scores, "valid": valid,
-        "popularity": popularity, "untrained": untrained}, indent=1))
-    rows = {"chance": CHANCE, "popularity": popularity,
-            name: scores["test"], f"{name}, the {int(untied.sum()):,} users without a tie": scores["test_untied"],
-            f"{name}, against all {len(domain.item_ids):,} items": scores["test_full"],
-            **({"before training, validation": untrained} if untrained else {}), f"{name}, validation": valid}
-    return "\n\n".join([verdict(name, scores["test"], popularity, valid, untrained), as_table(rows, "test"),
-                        as_table(by_frequency(seen[test.targets], ranks))])
-
-def verdict(name: str, test: dict, popularity: dict, valid: dict, untrained: dict | None) -> str:
-    """Did the run learn something? In one or two lines, by N@10."""
-    ratios = {"popularity": test["N@10"] / (popularity["N@10"] or math.nan)}
-    if untrained:
-        ratios["the untrained model (validation)"] = valid["N@10"] / (untrained["N@10"] or math.nan)
-    line = f"{name}: N@10 {test['N@10']:.4f}, " + ", ".join(f"{ratio:.2f} times {of}" for of, ratio in ratios.items())
-    if all(ratio > 1 for ratio in ratios.values()):
-        return line
-    return f"{line}\nwarning: no better than that; usual reasons: random weights, too few users, an unfit --lr"
-
-def training_counts(domain: Domain) -> torch.Tensor:
-    """(N,) how many users have each item before their validation target."""
-    items = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
-    return items.bincount(minlength=len(domain.item_ids)).float()
-
-def by_frequency(seen: torch.Tensor, ranks: torch.Tensor) -> dict[str, dict]:
-    """H@k and N@k by how often each target was seen before the users' last two items (Fig. 3), both (U,)."""
-    rows = {}
-    for low, high, words in ((0, 4, "0 to 4"), (5, 9, "5 to 9"), (10, 19, "10 to 19"), (20, 1e9, "20 times or more")):
-        inside = (low <= seen) & (seen <= high)
-        rows[f"targets seen {words} ({int(inside.sum()):,} users)"] = hits_and_ndcg(ranks[inside])
-    return rows
-
-def as_table(rows: dict[str, dict], title: str = "") -> str:
-    """Named rows of scores as Markdown; a score that does not exist is a dash."""
-    columns = list(next(iter(rows.values())))
-    text = lambda cell: "-" if cell is None else cell if isinstance(cell, str) else f"{cell:.4f}"
-    lines = [[title, *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *(text(row[column]) for column in columns)] for name, row in rows.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-def write_text(path: Path, text: str) -> None:
-    """Write lines of UTF-8, which appear when they are whole."""
-    with data.whole_file(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
-
 
 # The paper's evidence: methods over seeds (Tables 2, 5), collapse (Section 3), vectors of others, Task 2 (Table 4) ----
+
+LEGEND = """t2f: text histories look for fused items, v: vision; A_pos, A_neg: mean squared distance of
+histories to targets and to negatives; U: uniformity, lower is more spread; S = A_neg / A_pos"""
 
 def paired_t_test(a: list[float], b: list[float]) -> float:
     """The two-sided p of a paired t-test; NaN for fewer than two pairs, 1 if no pair differs."""
     if len(a) < 2:
         return math.nan
+    if a == b:
+        return 1.0
     differences, df = [x - y for x, y in zip(a, b)], len(a) - 1
-    mean, variance = statistics.mean(differences), statistics.variance(differences)
-    if variance == 0:
-        return 1.0 if mean == 0 else 0.0
-    t_squared = mean**2 / variance * len(a)
-    return float(mpmath.betainc(df / 2, 0.5, 0, df / (df + t_squared), regularized=True))
+    noise, effect = df * statistics.variance(differences), len(a) * statistics.mean(differences)**2
+    return float(mpmath.betainc(df / 2, 0.5, 0, noise / (noise + effect), regularized=True))
 
 def write_comparison(runs: dict[str, list[Path]]) -> None:
     """Print the tables over methods and seeds, and write them beside the runs."""
-    results = {method: [json.loads((folder / "metrics.json").read_text("utf-8")) for folder in folders]
-               for method, folders in runs.items()}
-    first, *_, last = [result["seed"] for result in next(iter(results.values()))] * 2
-    seeds = f"seed{first}" if first == last else f"seed{first}-{last}"
-    tables = [comparison(results, part, seeds) for part in ("test", "test_full", "valid")]
-    text = "\n\n".join([*tables, "mean ± standard deviation over the seeds; the best is bold, the second underlined;\n"
+    results = {method: [read_result(folder) for folder in folders] for method, folders in runs.items()}
+    numbers = [result["seed"] for result in next(iter(results.values()))]
+    seeds = f"seed{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
+    text = "\n\n".join([*(comparison(results, part, seeds) for part in ("test", "test_full", "valid")),
+                        "mean ± standard deviation over the seeds; the best is bold, the second underlined;\n"
                         "* better than the second with p < .05 in a paired t-test over the seeds",
-                        differences(runs, results)]).strip()
+                        differences(results)]).strip()
     path = next(iter(runs.values()))[0].parent / f"{'-'.join(runs)}-{seeds}.md"
     write_text(path, text)
     print(f"\n{text}\n\nwrote {path}")
 
+def read_result(folder: Path) -> dict:
+    """metrics.json of a run and, as "gains", each test user's N@10 in the order of ranks.csv."""
+    ranks = [float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))]
+    gains = [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]
+    return json.loads((folder / "metrics.json").read_text("utf-8")) | {"gains": gains}
+
 def comparison(results: dict[str, list[dict]], part: str, seeds: str) -> str:
     """The methods over the same seeds, as mean ± standard deviation (ddof 1), below what they have to beat."""
-    cell = lambda values: f"{statistics.mean(values):.4f}" + (
-        f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-    rows, beaten = {method: {} for method in results}, {"test": "popularity", "valid": "untrained"}.get(part)
+    columns = lambda row, part: {metric: [result[part][metric] for result in row] for metric in CHANCE}
+    scores = {method: columns(row, part) for method, row in results.items()}
+    rows = {method: {metric: spread(values) for metric, values in row.items()} for method, row in scores.items()}
     for metric in CHANCE:
-        values = {method: [result[part][metric] for result in row] for method, row in results.items()}
-        best, *others = sorted(values, key=lambda method: -statistics.mean(values[method]))
-        for method in results:
-            rows[method][metric] = cell(values[method])
+        best, *others = sorted(scores, key=lambda method: -statistics.mean(scores[method][metric]))
         rows[best][metric] = f"**{rows[best][metric]}**"
         if others:
-            rows[best][metric] += " *" * (paired_t_test(values[best], values[others[0]]) < 0.05)
+            p = paired_t_test(scores[best][metric], scores[others[0]][metric])
+            rows[best][metric] += " *" * (p < 0.05)
             rows[others[0]][metric] = f"<u>{rows[others[0]][metric]}</u>"
+    beaten = {"test": "popularity", "valid": "untrained"}.get(part)
     if known := [row for row in results.values() if row[0].get(beaten)]:
-        rows = {beaten: {metric: cell([result[beaten][metric] for result in known[0]]) for metric in CHANCE}} | rows
+        rows = {beaten: {metric: spread(values) for metric, values in columns(known[0], beaten).items()}} | rows
     return as_table({"chance": CHANCE} | rows if part == "test" else rows, f"{part}, {seeds}")
 
-def differences(runs: dict[str, list[Path]], results: dict[str, list[dict]]) -> str:
+def spread(values: list[float]) -> str:
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+def differences(results: dict[str, list[dict]]) -> str:
     """vlm2rec, or else the best method, against each other one, in N@10: the mean difference per user with its standard
     error, and p in paired t-tests over the users and over the seeds."""
-    score = lambda method: statistics.mean(result["test"]["N@10"] for result in results[method])
-    ours, lines = "vlm2rec" if "vlm2rec" in results else max(results, key=score), []
-    gains = {method: user_gains(folders) for method, folders in runs.items()}
     seeds = {method: [result["test"]["N@10"] for result in row] for method, row in results.items()}
-    for method in (method for method in runs if method != ours):
-        per_user = [our - their for our, their in zip(gains[ours], gains[method])]
-        better, worse = (sum(sign * gain > 0 for gain in per_user) / len(per_user) for sign in (1, -1))
-        p = max(paired_t_test(gains[ours], gains[method]), 1e-9)  # smaller ones are rounding
-        lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(per_user):+.4f} ± "
-                     f"{statistics.stdev(per_user) / math.sqrt(len(per_user)):.4f} (standard error, {len(per_user):,} "
-                     f"users), better for {better:.0%}, worse for {worse:.0%}; p = {p:.1g} over the users, "
+    users = {method: list(map(statistics.mean, zip(*(result["gains"] for result in row))))
+             for method, row in results.items()}
+    ours = "vlm2rec" if "vlm2rec" in results else max(seeds, key=lambda method: statistics.mean(seeds[method]))
+    lines = []
+    for method in (method for method in results if method != ours):
+        gains = [our - their for our, their in zip(users[ours], users[method])]
+        better, worse = (sum(sign * gain > 0 for gain in gains) / len(gains) for sign in (1, -1))
+        p = max(paired_t_test(users[ours], users[method]), 1e-9)  # smaller ones are rounding
+        lines.append(f"- {ours} against {method}, N@10 per user: {statistics.mean(gains):+.4f} ± "
+                     f"{statistics.stdev(gains) / math.sqrt(len(gains)):.4f} (standard error, {len(gains):,} users), "
+                     f"better for {better:.0%}, worse for {worse:.0%}; p = {p:.1g} over the users, "
                      f"{paired_t_test(seeds[ours], seeds[method]):.2g} over the seeds")
     return "\n".join(lines).replace("p = 1e-09", "p < 1e-9").replace(", nan over the seeds", "")
-
-def user_gains(folders: list[Path]) -> list[float]:
-    """Each test user's N@10, as a mean over the runs in `folders`, in the order of their ranks.csv."""
-    ranks = [[float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))] for folder in folders]
-    gain = lambda rank: 1 / math.log2(1 + rank) if rank <= 10 else 0.0
-    return [statistics.mean(map(gain, user)) for user in zip(*ranks)]
 
 def queries(z: dict, e: dict, test: Evaluation) -> dict[str, float]:
     """N@10 when the histories of one space look for the items of another (Fig. 1a: f2f, t2f, v2f), and each modality
@@ -1100,20 +1088,19 @@ class SequenceRecommender(torch.nn.Module):
     """SASRec or GRU4Rec over item ids (Table 2) or, given item vectors (N, D), initialised with them through one linear
     adapter to d (Task 2, Table 4). The paper does not say more; we make the vectors' norm 1, and train them too."""
 
-    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, length: int = 10, d: int = 128,
-                 dropout: float = 0.5):
+    def __init__(self, kind: str, items: int, vectors: torch.Tensor | None = None, length: int = 10):
         super().__init__()
+        d, self.kind, self.dropout = 128, kind, torch.nn.Dropout(0.5)
         self.table, self.adapter = torch.nn.Embedding(items, d), torch.nn.Identity()
         if vectors is None:
             torch.nn.init.normal_(self.table.weight, std=0.02 if kind == "sasrec" else d ** -0.5)  # by validation
         else:
             self.table = torch.nn.Embedding.from_pretrained(torch.nn.functional.normalize(vectors, dim=1), freeze=False)
             self.adapter = torch.nn.Linear(vectors.shape[1], d)
-        self.dropout, self.kind = torch.nn.Dropout(dropout), kind
         if kind == "sasrec":
             self.position = torch.nn.Embedding(length, d)
             torch.nn.init.normal_(self.position.weight, std=0.02)
-            layer = torch.nn.TransformerEncoderLayer(d, 2, d, dropout, "gelu", batch_first=True, norm_first=True)
+            layer = torch.nn.TransformerEncoderLayer(d, 2, d, 0.5, "gelu", batch_first=True, norm_first=True)
             self.body = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(d), enable_nested_tensor=False)
         else:
             self.body = torch.nn.GRU(d, d, batch_first=True)
@@ -1139,16 +1126,14 @@ class SequenceRecommender(torch.nn.Module):
         z = last_token(states, torch.tensor([len(history) - 1 for history in evaluation.histories])).cpu()
         return evaluation.rank(z, self.items().cpu(), dot=True)
 
-def train_downstream(kind: str, samples: list[tuple], valid: Evaluation, vectors: torch.Tensor | None, items: int,
-                     device: str, seed: int, length: int, epochs: int = 200, patience: int = 20, lr: float = 1e-3,
-                     batch: int = 32) -> tuple[SequenceRecommender, dict]:
-    """Train a SequenceRecommender on the histories and targets of `training_samples`, by cross-entropy over the
-    catalogue after every item. Returns it after the epoch with the best validation N@10, and that epoch's scores."""
-    torch.manual_seed(seed)
-    model = SequenceRecommender(kind, items, vectors, length).to(device)
+def train_downstream(model: SequenceRecommender, samples: list[tuple], valid: Evaluation, seed: int, epochs: int = 200,
+                     lr: float = 1e-3, batch: int = 32) -> dict[str, float]:
+    """Train on the histories and targets of `training_samples`, by cross-entropy over the catalogue after every item,
+    until 20 epochs bring nothing. Leaves the model as after its best epoch on validation; returns its scores there."""
+    device, best, waited = model.table.weight.device, {"N@10": -1.0}, 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    sequences, best, waited = [[*history, target] for history, target, _ in samples], {"N@10": -1.0}, 0
-    for epoch in bar(range(1, epochs + 1), f"train {kind}"):
+    sequences = [[*history, target] for history, target, _ in samples]
+    for epoch in bar(range(1, epochs + 1), f"train {model.kind}"):
         model.train()
         for users in shuffled_batches(len(sequences), min(batch, len(sequences)), seed, epoch):
             rows = pad([sequences[user] for user in users], -1).to(device)                        # (B, 1 + L)
@@ -1161,71 +1146,65 @@ def train_downstream(kind: str, samples: list[tuple], valid: Evaluation, vectors
         scores, waited = hits_and_ndcg(model.rank(valid)[0]), waited + 1
         if scores["N@10"] > best["N@10"]:
             best, kept, waited = scores, copy.deepcopy(model.state_dict()), 0
-        if waited == patience:
+        if waited == 20:
             break
     model.load_state_dict(kept)
-    return model, best
+    return best
 
 def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict) -> None:
-    """Draw two users: the latest items of the history, the one bought next, then the top five of each space among all
-    items that the user did not buy before."""
-    columns = []
+    """Draw two users: history, the item bought next, and each space's top five among what they did not buy before."""
+    sheets = []
     for user in (0, len(test.targets) // 2):
         target = int(test.targets[user])
-        column = [("history", test.histories[user][-5:]), ("bought next", [target])]
+        rows = {"history": test.histories[user][-5:], "bought next": [target]}
         for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
             scores = cosine(z[space][user:user + 1], e[space])[0]
             scores[[item for item in test.sequences[user] if item != target]] = -torch.inf
-            column.append((f"by {'both' if space == 'fused' else space}", scores.topk(5).indices.tolist()))
-        columns.append((column, target))
-    draw_sheet(path, domain, columns)
-
-def draw_sheet(path: Path, domain: Domain, columns: list[tuple[list[tuple[str, list[int]]], int | None]],
-               side: int = 72) -> None:
-    """Write a PNG of columns of named rows of at most five items; the first row is a history, with an arrow of time,
-    the others are ranked. A column's target is framed where it is recommended."""
-    wide, high, font = side + 24, side + 48, ImageFont.load_default(11)
-    sheet = Image.new("RGB", (len(columns) * (5 * wide + 100), high * max(len(rows) for rows, _ in columns)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, (rows, target) in enumerate(columns):
-        for y, (name, items) in enumerate(rows):
-            left, top = number * (5 * wide + 100) + 6, y * high + 10
-            draw.text((left, top + side // 2), name, "black", font)
-            if y == 0:
-                draw.line((left + 80, top - 6, left + 80 + 5 * wide - 30, top - 6), "grey", 2)
-                draw.regular_polygon((left + 80 + 5 * wide - 30, top - 6, 5), 3, 90, "grey")
-            for rank, item in enumerate(items, 1):
-                x = left + 80 + (rank - 1) * wide
-                picture = data.load_picture(domain.pictures[item])
-                sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (x, top))
-                label = domain.titles[item] if y < 2 else f"{rank}. {domain.titles[item]}"
-                draw.text((x, top + side + 3), "\n".join(textwrap.wrap(label, 15, max_lines=2)), "black", font)
-                if item == target and y > 1:
-                    draw.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="green", width=4)
+            rows[f"by {'both' if space == 'fused' else space}"] = scores.topk(5).indices.tolist()
+        sheets.append(draw(domain, rows, target))
     with data.whole_file(path) as partial:
-        sheet.save(partial, "PNG")
+        Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
 
-def recommend(config: Config, history: list[str]) -> None:
+def draw(domain: Domain, rows: dict[str, list[int]], target: int | None = None) -> Image.Image:
+    """Rows of at most five items: a history, with an arrow of time, one more, then ranked ones; a hit is framed."""
+    side, wide, high, font = 72, 96, 120, ImageFont.load_default(11)
+    sheet = Image.new("RGB", (100 + 5 * wide, len(rows) * high), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.line((86, 4, 536, 4), "grey", 2)
+    pen.regular_polygon((536, 4, 5), 3, 90, "grey")
+    for y, (name, items) in enumerate(rows.items()):
+        top = y * high + 10
+        pen.text((6, top + side // 2), name, "black", font)
+        for rank, item in enumerate(items, 1):
+            x, number = rank * wide - 10, f"{rank}. " if y > 1 else ""
+            picture = data.load_picture(domain.pictures[item])
+            sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (x, top))
+            label = textwrap.fill(number + domain.titles[item], 15, max_lines=2)
+            pen.text((x, top + side + 3), label, "black", font)
+            if number and item == target:
+                pen.rectangle((x - 3, top - 3, x + side + 2, top + side + 2), outline="green", width=4)
+    return sheet
+
+def recommend(run: Run, history: list[str]) -> None:
     """Print and draw the ten items that a finished run recommends after a history of item ids, oldest first."""
-    domain, _, model, device = set_up(config)
-    folder, modalities = run_folder(config, domain), METHODS[config.method].modalities
-    if not modalities or not (folder / TABLE).exists() or not same_run(folder, settings_of(config, domain, device)):
+    domain, folder = run.domain, run.folder
+    if not run.method.modalities or not (folder / TABLE).exists() or not run.is_begun():
         raise InputError(f"--recommend needs a finished run of an encoder in {folder}; without it, it makes one")
     place = {item: number for number, item in enumerate(domain.item_ids)}
     if unknown := [item for item in history if item not in place]:
         raise InputError(f"--recommend {unknown[0]}: {domain.name} has no such item, or it was dropped")
-    encoder = build_encoder(domain, model, config.image_size, folder.parent, config.revision, device)
-    if adapter := config.adapter or (folder / "adapter").is_dir() and folder / "adapter":
-        load_adapter(encoder, adapter)
+    encoder = run.encoder(run.config.adapter or (folder / "adapter").is_dir() and folder / "adapter")
     items = [place[item] for item in history]
-    z = encoder.embed([items[-config.history:]], modalities)["fused"]
+    z = encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
     scores = cosine(z, safetensors.torch.load_file(folder / "items.safetensors")["fused"])[0]
     scores[items] = -torch.inf
     best = scores.topk(10).indices.tolist()
     for rank, item in enumerate(best, 1):
         print(f"{rank:2}  {scores[item]:.4f}  {domain.item_ids[item]}  {domain.titles[item][:70]}")
-    rows = [("history", items[-5:]), ("", []), ("1 to 5", best[:5]), ("6 to 10", best[5:])]
-    draw_sheet(folder / "recommended.png", domain, [(rows, None)])
+    sheet = draw(domain, {"history": items[-5:], "": [], "1 to 5": best[:5], "6 to 10": best[5:]})
+    with data.whole_file(folder / "recommended.png") as partial:
+        sheet.save(partial, "PNG")
+
 
 # The command ----------------------------------------------------------------------------------------------------------
 
@@ -1237,31 +1216,29 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    goes_on = "the same command goes on"
     try:
         runs, (configs, history) = {}, parse_config(argv)
-        for config in configs:
-            goes_on = "the same command " + ("goes on" if METHODS[config.method].modalities else "begins again")
+        for run in map(Run, configs):
             if history:
-                recommend(config, history)
+                recommend(run, history)
             else:
-                runs.setdefault(run_name(config), []).append(run(config))
+                execute(run)
+                runs.setdefault(run.name, []).append(run.folder)
         if len(configs) > 1 and runs:
             write_comparison(runs)
         return 0
     except (InputError, OSError, safetensors.SafetensorError) as error:
         message, code = f"error: {error}", 2
     except (RuntimeError, MemoryError) as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not (on_gpu or isinstance(error, MemoryError) or "allocate memory" in str(error)):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
             raise
-        message, code = (f"error: out of memory, at a peak of {peak_gib('cuda' if on_gpu else 'cpu'):.1f} GiB; these "
-                         "need less: --checkpointing on (no other results), a smaller --image-size (less of each "
-                         "picture), a shorter --history (less of each user), a smaller --batch (fewer negatives)"), 2
+        message, code = (f"error: out of memory, at a peak of {peak_gib():.1f} GiB; these need less: --checkpointing "
+                         "on (no other results), a smaller --image-size (less of each picture), a shorter --history "
+                         "(less of each user), a smaller --batch (fewer negatives)"), 2
     except FloatingPointError as error:
         message, code = f"error: {error}; what was saved before it stays", 1
     except KeyboardInterrupt:
-        message, code = f"\nstopped; {goes_on}", 130
+        message, code = "\nstopped; the same command goes on (with sasrec, gru4rec and mean-pool it begins again)", 130
     print(message, file=sys.stderr)
     return code
 
