@@ -295,7 +295,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def check_domain(domain: str, data_dir: Path) -> None:
     """Raise InputError, at once, unless `domain` is the path of a folder, or lies in data_dir, or can be made."""
-    known, last = [*WORLDS, *AMAZON], data_dir / domain / "items.csv"
+    known, last = ["sample", *AMAZON], data_dir / domain / "items.csv"
     if os.sep in domain or "/" in domain:
         if not os.path.isdir(domain):
             raise InputError(f"{domain} is no folder; a domain is one with items.csv, interactions.csv and images/")
@@ -314,8 +314,8 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
     if not last.exists():
         with lock(folder, wait=True):
-            if domain in WORLDS and not last.exists():  # if it does, another process was first
-                write_sample_world(folder, **WORLDS[domain])
+            if domain == "sample" and not last.exists():  # if it does, another process was first
+                write_sample_world(folder)
             if domain in AMAZON and not last.exists():
                 prepare_amazon(domain, folder, data_dir / "amazon2014", mirror.rstrip("/"))
     return folder
@@ -335,7 +335,6 @@ def prepare_model(model: str, data_dir: Path) -> str:
 NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]   # one for each category
 BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]       # one for each style
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # one for each category
-WORLDS = {"sample": {}, "lopsided": {"brand": 1.0, "shape": 0.3}}  # in the second one, the title says everything
 
 def write_sample_world(folder: Path, seed: int = 0, users: int = 1200, per_cell: int = 8,
                        brand: float = 0.7, shape: float = 0.7) -> None:
@@ -624,7 +623,7 @@ def amazon_table(domain: str, reviews: list, five_core: list, final: list, reaso
 def main() -> int:
     """Prepare a domain without training: `python data.py toys`."""
     parser = argparse.ArgumentParser(description="Prepare a domain: download, filter and write it, without training.")
-    parser.add_argument("domain", choices=[*WORLDS, *AMAZON])
+    parser.add_argument("domain", choices=["sample", *AMAZON])
     parser.add_argument("--data-dir", default="domains", help="it goes to DATA_DIR/DOMAIN (default: domains)")
     parser.add_argument("--mirror", default="", help="address of archives and pictures, instead of their own")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
 
 A user's history is encoded twice, as titles and as pictures, and so is every item; the last token's state is the
 embedding, and the two modalities are added. Fine-tuning that sum on clicks alone lets one modality collapse. VLM2Rec
-weighs the negatives more for users with one weak modality, and keeps the neighbourhoods of both modalities alike.
+weighs a user's negatives more, the further one modality lags behind, and keeps both modalities' neighbourhoods alike.
 
     python vlm2rec.py --domain sample        # CPU, no download, about a minute
     python vlm2rec.py --domain toys          # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
@@ -13,23 +13,22 @@ The first command prints, among other tables,
     | test | H@10 | N@10 | H@20 | N@20 |
     | chance | 0.0990 | 0.0450 | 0.1980 | 0.0697 |
     | popularity | 0.1876 | 0.0893 | 0.3415 | 0.1284 |
-    | vlm2rec | 0.6535 | 0.3855 | 0.7872 | 0.4195 |
+    | vlm2rec | 0.7023 | 0.4033 | 0.8368 | 0.4379 |
 
 The protocol, leave-one-out (data.py):
     target        test: the last item of a user's sequence; validation: the second to last; training: the third to last,
-                  so that each user is one training sample
+                  and no other: one sample a user
     history       the latest 10 items before the target
-    negatives     training: the batch's other targets; evaluation: 100 items outside the user's whole sequence, uniform,
-                  drawn once from a generator seeded by (seed, split, user)
+    negatives     training: the batch's other targets, unless the user has them already; evaluation: 100 different items
+                  outside the user's whole sequence, drawn once from a generator seeded by (seed, split, user)
 
 Glossary, code -> paper:
-    z, e          z_u, e_i: embedding of a user's history, of an item; z["text"], z["vision"] and z["fused"]
+    z, e          z_u, e_i: embeddings of histories, of items (targets or catalogue); in dicts "text", "vision", "fused"
     sim           s(z_u, e_j), cosine similarity of a batch's users and targets; the diagonal holds the positives
     mask          N_u: which of the batch's targets are negatives for which user
     gap, weight   Delta_u,gap, w_u,pen
     tau           tau and tau_WPCL;  tau_crtr: tau_CRTR;  lam: lambda
-    B, L, D       users in a batch, tokens in a prompt, width of an embedding
-    U, N, P       users and items in a ranking, tokens of a picture
+    B, U, N       users in a batch, users and items in a ranking;  L, P: tokens of a prompt, of a picture;  D: width
 
 We take means for sums over the batch (Eqs. 3, 10), so that lam does not depend on B. What the paper leaves open is
 marked at its line and listed in the README. The method ends with the evaluation; behind it comes what runs it.
@@ -82,7 +81,7 @@ BOTH = ("text", "vision")
 # Settings (Section 5.1.1) ---------------------------------------------------------------------------------------------
 
 class Method(NamedTuple):
-    """What `--method` chooses. Without a contrast and without topology nothing is trained."""
+    """What `--method` chooses. Without a contrast and without topology the encoder is not trained."""
     modalities: tuple[str, ...]  # encoded one by one, then added; none: a downstream model, without an encoder
     contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
     topology: bool = False       # with lam * CRTR (Eq. 13)?
@@ -95,7 +94,7 @@ METHODS = {
     "text": Method(("text",), "infonce"),
     "vision": Method(("vision",), "infonce"),
     "internal": Method(("interleaved",), "infonce"),  # each title with its picture, in one prompt
-    "no-wpcl": Method(BOTH, topology=True),           # from here on: the ablations of Table 5
+    "no-wpcl": Method(BOTH, topology=True),           # nothing pulls to the targets; with it, Table 5's ablations
     "no-penalty": Method(BOTH, "infonce", topology=True),
     "no-stopgrad": Method(BOTH, "wpcl", topology=True, stop_gradient=False),
     "no-crtr": Method(BOTH, "wpcl"),
@@ -117,12 +116,12 @@ class Config:
                          "--embeddings)", choices=list(METHODS), nargs="+", metavar="name")
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
-    seed: int = option(0, "of LoRA's start, dropout, the order of the users and the evaluation's negatives", 0)
+    seed: int = option(0, "of LoRA's start, dropout, the users' order and choice, the evaluation's negatives", 0)
     data_dir: str = option("domains", "where the domains lie; toys, beauty, clothing and sports are fetched into it")
     mirror: str = option("", "address to fetch Amazon's archives and pictures from, instead of their own")
     out: str = option("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
     device: str = option("auto", "auto takes CUDA if there is one", choices=["auto", "cuda", "cpu"])
-    epochs: int = option(3, "passes over the users; the best on validation N@10 is kept", 1)
+    epochs: int = option(3, "passes over the users; the best on validation N@10 is kept, untrained (0) included", 1)
     batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
     history: int = option(10, "latest items of a user in the prompt", 1)
     image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper", 28, 1120)
@@ -193,7 +192,7 @@ class Encoder:
         self.tokens = 0                                           # encoded so far, for the log
 
     def __call__(self, prompts: list[Prompt], bar_title: str = "") -> torch.Tensor:
-        """Embeddings (n, D), float32, of n prompts of any length and modality (Eq. 1), in passes of similar length."""
+        """Embeddings (n, D), float32, of n prompts (Eq. 1), in the forward passes that `batches_by_length` makes."""
         passes = list(batches_by_length([len(prompt.ids) for prompt in prompts], PASS_TOKENS[self.device.type]))
         visible = bar(passes, bar_title, unit="pass", disable=None if bar_title else True)
         states = torch.cat([self.forward_pass([prompts[row] for row in rows]) for rows in visible])
@@ -252,8 +251,8 @@ def cosine(z: torch.Tensor, e: torch.Tensor) -> torch.Tensor:
 
 def negative_mask(targets: torch.Tensor, earlier: torch.Tensor) -> torch.Tensor:
     """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user; the diagonal is False. The
-    paper does not say. We leave out what the user has: an equal target, or an item of `earlier` (B, H), those before
-    the target, padded with -1."""
+    paper does not say. We leave out what the user has by then: an equal target, or one of `earlier` (B, H), all items
+    before it, padded with -1; not what is bought later, which training must not know."""
     owned = torch.cat([targets[:, None], earlier], dim=1)                 # (B, 1 + H)
     return ~(owned[:, :, None] == targets[None, None, :]).any(dim=1)      # (B, B)
 
@@ -274,8 +273,8 @@ def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
     """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, from the margins (B,) of both modalities.
 
-    Which one is weak is decided in each step for each user. The stop-gradient leaves one way to close the gap: raise
-    the weak modality, not lower the strong one.
+    Which one is weak is decided in each step for each user. The stop-gradient leaves this loss one way to close the
+    gap: raise the weak margin, not lower the strong one.
     """
     strong = torch.maximum(margin_text, margin_vision)
     weak = torch.minimum(margin_text, margin_vision)
@@ -286,9 +285,9 @@ def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -
     return 1 + beta * torch.nn.functional.softplus(alpha * gap)
 
 def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
-    """L_CRTR (Eqs. 11-13): for each user, both modalities should rank the batch's targets alike. The mean over the
-    batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a row of sim_m / tau. Its trivial minimum: both
-    spaces constant. At a small tau a model goes there, and the constants point apart: watch `mean_cosine`."""
+    """L_CRTR (Eqs. 11-13): the mean over the batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a
+    user's row of sim_m / tau. Its trivial minimum is two constant spaces. At a small tau a model goes there, the text's
+    constant opposite to the vision's, so that they cancel in Eq. 2: `mean_cosine` falls to -1."""
     log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
     both_kl = (log_p_text.exp() - log_p_vision.exp()) * (log_p_text - log_p_vision)
@@ -321,18 +320,17 @@ def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch
 
 class Penalty(torch.nn.Module):
     """The learnable alpha and beta of Eq. 9; we keep them positive through softplus and start them at 1. They only
-    fall: the loss, log(1 + w R) for a user, grows with the weight w, and the weight with both."""
+    fall: a user's loss, log(1 + w R) with R = sum exp(negative) / exp(positive), grows with w, and w with both."""
 
     def __init__(self):
         super().__init__()
         self.raw = torch.nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
-        alpha, beta = torch.nn.functional.softplus(self.raw)
-        return alpha, beta
+        return torch.nn.functional.softplus(self.raw).unbind()
 
 def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
-    """Put LoRA into the language layers; with alpha and beta it is all that is trained."""
+    """Put LoRA into the language layers: with alpha and beta all that is trained, since `load_vlm` freezes the rest."""
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_LAYERS)
     adapted = peft.get_peft_model(encoder.vlm, config)
     for layer in lora_layers(adapted) if dropout else []:
@@ -360,7 +358,7 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
     histories, targets, earlier = zip(*batch)
     prompts = [encoder.prompt(items, modality) for modality in method.modalities
                for items in (*histories, *([target] for target in targets))]
-    states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)                      # (2, 2, B, D)
+    states = encoder(prompts).view(len(method.modalities), 2, len(batch), -1)           # (modalities, z and e, B, D)
     z = fuse(dict(zip(method.modalities, states[:, 0])))                                           # (B, D) each
     e = fuse(dict(zip(method.modalities, states[:, 1])))
     mask = to_device(negative_mask(torch.tensor(targets), pad(earlier, -1)), encoder.device)       # (B, B)
@@ -386,7 +384,7 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
         scores = validate(encoder, method, domain, valid)                                          # epoch 0
         progress = {"step": 0, "untrained": scores, "best": scores, "kept": copy.deepcopy(lora.state_dict())}
     plan, log = itertools.islice(enumerate(plan, 1), progress["step"], None), Log(folder / LOG, encoder, config, steps)
-    with stop_requests() as stop:
+    with stop_requests() as stop:  # Ctrl-C: end the step, save, leave
         for step, (epoch, users) in bar(plan, "train", config.epochs * steps, initial=progress["step"], unit="step"):
             encoder.vlm.train()
             batch, (alpha, beta) = [samples[user] for user in users], penalty()
@@ -415,8 +413,8 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
 
 def target_rank(target: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """The target's rank (U,), 1 is best, from its score (U,) and those of the others (U, C), of which -inf does not
-    compete. A tie counts half, so that a constant score is a middling one. Raises FloatingPointError if a score is NaN
-    or infinite: it must not pass for a hit."""
+    compete. A tie counts half: a constant score gets rank 51 of 101, no hit. Raises FloatingPointError if a score is
+    NaN or infinite: it must not pass for a hit."""
     if not (target.isfinite().all() and (others < torch.inf).all()):
         raise FloatingPointError("a score is not finite: the model has diverged; lower --lr or raise --tau")
     return 1 + (others > target[:, None]).sum(dim=1) + (others == target[:, None]).sum(dim=1) / 2
@@ -554,7 +552,7 @@ def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: i
 def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: int) -> torch.Tensor:
     """`encode_pictures` of a domain, kept in `folder`/features-<key>.safetensors and mapped from there. The tower is
     frozen, so once is enough for all methods and seeds. The key covers its weights, the processor and the domain."""
-    key = hashlib.blake2b(f"{domain.digest} {image_size} {processor.to_json_string()}".encode(), digest_size=8)
+    key = hashlib.blake2b(f"{domain.digest} {image_size} padded {processor.to_json_string()}".encode(), digest_size=8)
     for weight in vlm.visual.state_dict().values():
         key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
@@ -618,9 +616,8 @@ def folded_lora(vlm) -> Iterator[None]:
 # The command line -----------------------------------------------------------------------------------------------------
 
 BRINGS = {("domain", "sample"): {"model": "tiny"},  # what the choice of a domain or a model brings along; a flag wins
-          ("domain", "lopsided"): {"model": "tiny"},
           ("model", "tiny"): {"lr": 1e-3, "image_size": 56}}
-EPILOG = """sample and lopsided bring --model tiny; tiny brings --lr 0.001, --image-size 56; of the flags for encoder
+EPILOG = """sample brings --model tiny; tiny brings --lr 0.001, --image-size 56; of the flags for encoder
 and training, sasrec, gru4rec and mean-pool take --history and --train-users and ignore the others"""
 
 def flag(name: str) -> str:
@@ -798,7 +795,8 @@ def run_embedder(run: Run, encoder: Encoder) -> str:
     tables = write_results(run, test, test.rank(z["fused"], e["fused"]), valid, untrained)
     if len(method.modalities) == 2:
         shape = {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z}
-        tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), LEGEND])
+        means = f"cosine of the items' mean text and mean vision: {mean_cosine(e['text'], e['vision']):.2f}"
+        tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), f"{means}\n{LEGEND}"])
     return tables
 
 def run_downstream(run: Run, vectors: torch.Tensor | None) -> str:
@@ -1166,17 +1164,17 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
 
 def draw(domain: Domain, rows: dict[str, list[int]], target: int | None = None) -> Image.Image:
-    """Rows of at most five items: a history, with an arrow of time, one more, then ranked ones; a hit is framed."""
+    """Rows of at most five items: a history, with an arrow of time, what was bought next, rankings; a hit is framed."""
     side, wide, high, font = 72, 96, 120, ImageFont.load_default(11)
     sheet = Image.new("RGB", (100 + 5 * wide, len(rows) * high), "white")
     pen = ImageDraw.Draw(sheet)
     pen.line((86, 4, 536, 4), "grey", 2)
-    pen.regular_polygon((536, 4, 5), 3, 90, "grey")
+    pen.regular_polygon((536, 4, 5), 3, 270, "grey")
     for y, (name, items) in enumerate(rows.items()):
         top = y * high + 10
         pen.text((6, top + side // 2), name, "black", font)
         for rank, item in enumerate(items, 1):
-            x, number = rank * wide - 10, f"{rank}. " if y > 1 else ""
+            x, number = rank * wide - 10, f"{rank}. " if name.startswith("by") else ""
             picture = data.load_picture(domain.pictures[item])
             sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (x, top))
             label = textwrap.fill(number + domain.titles[item], 15, max_lines=2)
@@ -1201,7 +1199,7 @@ def recommend(run: Run, history: list[str]) -> None:
     best = scores.topk(10).indices.tolist()
     for rank, item in enumerate(best, 1):
         print(f"{rank:2}  {scores[item]:.4f}  {domain.item_ids[item]}  {domain.titles[item][:70]}")
-    sheet = draw(domain, {"history": items[-5:], "": [], "1 to 5": best[:5], "6 to 10": best[5:]})
+    sheet = draw(domain, {"history": items[-5:], "1 to 5": best[:5], "6 to 10": best[5:]})
     with data.whole_file(folder / "recommended.png") as partial:
         sheet.save(partial, "PNG")
 
