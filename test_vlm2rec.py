@@ -1259,6 +1259,15 @@ def test_pictures_keep_their_ratio_on_a_white_ground(home, tmp_path):
     assert torch.equal(encode("wide"), encode("square")) and not torch.equal(encode("wide"), encode("squashed"))
 
 
+def test_a_large_model_on_a_cpu_is_announced(home, monkeypatch, capsys):
+    folder = str(home / "domains" / "tiny-qwen2.5-vl")
+    vlm2rec.load_vlm(folder)
+    assert "takes hours" not in capsys.readouterr().out
+    monkeypatch.setattr(transformers.PreTrainedModel, "num_parameters", lambda self: 3_750_000_000)
+    vlm2rec.load_vlm(folder)
+    assert f"loading {folder}\nnote: without a CUDA GPU a model of this size takes hours" in capsys.readouterr().out
+
+
 def test_one_batch_can_be_overfitted(encoder):
     adapted, one, losses = vlm2rec.add_lora(encoder, 8, 16, 0.0, False), torch.tensor(1.0), []
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-3)
@@ -1788,6 +1797,10 @@ def test_the_comparison_by_hand(tmp_path):
              "sft": fake_runs(tmp_path / "w", "sft", [0.2, 0.31, 0.4], [1, 2])}
     rows = [row.split(" | ") for row in compared(worse)[0].splitlines()]
     assert rows[3][1] == "<u>0.2000 ± 0.1000</u>" and rows[4][1] == "**0.3033 ± 0.1002** *"
+    close = {"vlm2rec": fake_runs(tmp_path / "c", "vlm2rec", [0.2, 0.31, 0.4], [1, 2]),    # it is far above text alone
+             "sft": fake_runs(tmp_path / "c", "sft", [0.21, 0.2, 0.42], [1, 2]),
+             "text": fake_runs(tmp_path / "c", "text", [0.0, 0.0, 0.0], [1, 2])}
+    assert compared(close)[0].splitlines()[3].split(" | ")[1] == "**0.3033 ± 0.1002**"
     runs = {"sft": fake_runs(tmp_path / "many", "sft", [0.1], [9] * 99 + [8]),
             "text": fake_runs(tmp_path / "many", "text", [0.0], [50] * 100)}
     assert compared(runs)[1].endswith("; p < 1e-9 over the users")     # and nothing of a single seed

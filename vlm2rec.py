@@ -918,7 +918,6 @@ def load_checkpoint(folder: Path, state: dict) -> dict | None:
     """Go back to the checkpoint and return its progress, None if there is none. Raises InputError if it is damaged."""
     path = folder / CHECKPOINT
     if not path.exists():
-        (folder / LOG).unlink(missing_ok=True)  # what a run wrote that was killed before its first checkpoint
         return None
     with readable(f"{path} is damaged", "--restart begins anew"):
         saved = torch.load(path, weights_only=True, map_location="cpu")
