@@ -286,8 +286,8 @@ def penalty_weight(gap: torch.Tensor, alpha: torch.Tensor, beta: torch.Tensor) -
 
 def relational_topology(sim_text: torch.Tensor, sim_vision: torch.Tensor, tau: float) -> torch.Tensor:
     """L_CRTR (Eqs. 11-13): the mean over the batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2, P_m the softmax of a
-    user's row of sim_m / tau. Its trivial minimum is two constant spaces. At a small tau a model goes there, the text's
-    constant opposite to the vision's, so that they cancel in Eq. 2: `mean_cosine` falls to -1."""
+    user's row of sim_m / tau. Its trivial minimum is two constant spaces. At tau .1 a model goes there, text's constant
+    opposite to vision's: they cancel in Eq. 2, and the rests rank. A_neg near 0 and `mean_cosine` near -1 show it."""
     log_p_text = (sim_text / tau).log_softmax(dim=1)      # Eq. 12, in log space: never log(p / q)
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
     both_kl = (log_p_text.exp() - log_p_vision.exp()) * (log_p_text - log_p_vision)
