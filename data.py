@@ -301,8 +301,9 @@ def check_domain(domain: str, data_dir: Path) -> None:
             raise InputError(f"{domain} is no folder; a domain is one with items.csv, interactions.csv and images/")
     elif domain not in known and not last.exists():
         there = [path.parent.name for path in sorted(data_dir.glob("*/items.csv"))]
-        near = "".join(f"did you mean {name}? " for name in difflib.get_close_matches(domain, known + there, 1))
-        raise InputError(f"{last} is missing; {near}Write items.csv, interactions.csv and images/ there, give the path "
+        close = [f"./{domain}"] if os.path.isdir(domain or "?") else difflib.get_close_matches(domain, known + there, 1)
+        near = "".join(f"did you mean {name}? " for name in close)
+        raise InputError(f"{last} is missing. {near}Write items.csv, interactions.csv and images/ there, give the path "
                          f"of another folder, or take one of {', '.join(known)}")
 
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:

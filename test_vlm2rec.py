@@ -599,7 +599,7 @@ def test_a_timestamp_is_a_number_or_a_date(tmp_path, tokyo):
 
 @pytest.mark.parametrize("name, expected", [
     ("sampel", "did you mean sample?"), ("toy", "did you mean toys?"), ("my-shp", "did you mean my-shop?"),
-    ("qqqq", "is missing; Write"), ("amazon201", "is missing; Write"), ("./sample", "./sample is no folder"),
+    ("qqqq", "is missing. Write"), ("amazon201", "is missing. Write"), ("./sample", "./sample is no folder"),
     ("domains/my-shop/items.csv", "is no folder")])
 def test_a_misspelt_domain_is_refused_at_once_with_the_nearest_name(tmp_path, monkeypatch, name, expected):
     monkeypatch.chdir(tmp_path)
@@ -1643,6 +1643,44 @@ def test_damaged_files_of_a_run_are_named_with_a_remedy(finished, home, tmp_path
     assert "checkpoint.pt is damaged: " in (error := capsys.readouterr().err) and len(error.strip().splitlines()) == 1
 
 
+def test_a_finished_run_that_lost_a_file_says_so_wherever_it_is_used(finished, home, tmp_path, capsys):
+    shutil.copytree(finished.parent, tmp_path / "sample")
+    folder = tmp_path / "sample" / finished.name
+    keep = {name: (folder / name).read_bytes() for name in ("metrics.json", "ranks.csv", "items.safetensors")}
+
+    def refused(*flags):
+        with contextlib.chdir(home):
+            assert command(*BRIEF, "--out", tmp_path, *flags) == 2
+        error = capsys.readouterr().err.strip()
+        assert len(error.splitlines()) == 1 and str(folder) in error
+        return error
+    for name, content in keep.items():
+        (folder / name).unlink()
+        assert f"{name} is gone. --restart" in refused()
+        (folder / name).write_bytes(content)
+    (folder / "items.safetensors").write_bytes(keep["items.safetensors"][:1000])
+    assert "items.safetensors is damaged" in refused("--recommend", "0000")
+    (folder / "items.safetensors").write_bytes(keep["items.safetensors"])
+    shutil.rmtree(folder / "adapter")
+    assert "adapter does not fit: there is no LoRA in it" in refused("--recommend", "0000")
+    shutil.copytree(finished / "adapter", folder / "adapter")
+    (folder / "config.json").write_text("[]")
+    assert "config.json is damaged" in refused()
+    cut = b"\r\n".join(keep["ranks.csv"].split(b"\r\n")[:50])      # at the end of a line: it reads well
+    for name, content in (("ranks.csv", cut), ("metrics.json", b"x")):
+        (folder / name).write_bytes(content)
+        with pytest.raises(data.InputError, match="is damaged"):
+            vlm2rec.read_result(folder)
+        (folder / name).write_bytes(keep[name])
+    assert len(vlm2rec.read_result(folder)["gains"]) == json.loads(keep["metrics.json"])["users"]
+
+
+def test_output_into_head_ends_quietly(finished, home):
+    process = subprocess.run(f"{sys.executable} {HERE / 'vlm2rec.py'} {' '.join(BRIEF)} | head -1", shell=True,
+                             cwd=home, capture_output=True, text=True)
+    assert process.stdout.startswith("torch ") and "Broken" not in process.stderr and "Traceback" not in process.stderr
+
+
 def test_recommend_gives_the_ten_nearest_new_items_of_a_finished_run(finished, home, tmp_path, capsys):
     with safetensors.safe_open(finished / "items.safetensors", "pt") as file:
         e, ids = file.get_tensor("fused"), json.loads(file.metadata()["item_ids"])
@@ -1765,7 +1803,7 @@ def fake_runs(folder, method, scores, ranks):
         folders.append(folder / f"{method}-seed{seed}")
         folders[-1].mkdir(parents=True)
         columns = dict.fromkeys(vlm2rec.CHANCE, value)
-        (folders[-1] / "metrics.json").write_text(json.dumps({"seed": seed, "test": columns}))
+        (folders[-1] / "metrics.json").write_text(json.dumps({"seed": seed, "users": len(ranks), "test": columns}))
         data.write_csv(folders[-1] / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"],
                        [[f"u{k}", "i", rank, rank] for k, rank in enumerate(ranks)])
     return folders

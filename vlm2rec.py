@@ -727,11 +727,14 @@ class Run:
         if not {CHECKPOINT, TABLE} & set(there):
             return False  # nothing, or what came to nothing
         with readable(f"{path} is damaged", WAY_OUT):
-            before = dict(json.loads(path.read_text("utf-8")))
+            before = {**json.loads(path.read_text("utf-8"))}
         differing = {name: f"{name} was {before.get(name)!r}, now {value!r}"
                      for name, value in self.settings().items() if before.get(name) != value}
         if "source_digest" in differing:
             print(f"note: {self.folder} was begun with another version of vlm2rec.py or data.py")
+        encoded = ["items.safetensors", "users.safetensors"] if self.method.modalities else []
+        if TABLE in there and (lost := {"metrics.json", "ranks.csv", *encoded} - set(there)):
+            raise InputError(f"{self.folder} is finished, but {min(lost)} is gone. {WAY_OUT}")
         if told := [text for name, text in differing.items() if name not in FREE]:
             raise InputError(f"{self.folder} holds a run with other settings: {'; '.join(told)}. {WAY_OUT}")
         return True
@@ -982,9 +985,12 @@ def write_comparison(runs: dict[str, list[Path]]) -> None:
 
 def read_result(folder: Path) -> dict:
     """metrics.json of a run and, as "gains", each test user's N@10 in the order of ranks.csv."""
-    ranks = [float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))]
-    gains = [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]
-    return json.loads((folder / "metrics.json").read_text("utf-8")) | {"gains": gains}
+    with readable(f"{folder} is damaged", WAY_OUT):
+        ranks = [float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))]
+        metrics = json.loads((folder / "metrics.json").read_text("utf-8"))
+        if len(ranks) != metrics["users"]:
+            raise ValueError(f"ranks.csv has {len(ranks)} rows for {metrics['users']} users")
+    return metrics | {"gains": [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]}
 
 def comparison(results: dict[str, list[dict]], part: str, seeds: str) -> str:
     """The methods over the same seeds, as mean ± standard deviation (ddof 1), below what they have to beat."""
@@ -1190,10 +1196,12 @@ def recommend(run: Run, history: list[str]) -> None:
     place = {item: number for number, item in enumerate(domain.item_ids)}
     if unknown := [item for item in history if item not in place]:
         raise InputError(f"--recommend {unknown[0]}: {domain.name} has no such item, or it was dropped")
-    encoder = run.encoder(run.config.adapter or (folder / "adapter").is_dir() and folder / "adapter")
+    trained = run.method.contrast or run.method.topology  # then a run without its adapter is damaged
+    encoder = run.encoder(run.config.adapter or (folder / "adapter" if trained else ""))
     items = [place[item] for item in history]
     z = encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
-    scores = cosine(z, safetensors.torch.load_file(folder / "items.safetensors")["fused"])[0]
+    with readable(f"{folder / 'items.safetensors'} is damaged", WAY_OUT):
+        scores = cosine(z, safetensors.torch.load_file(folder / "items.safetensors")["fused"])[0]
     scores[items] = -torch.inf
     best = scores.topk(10).indices.tolist()
     for rank, item in enumerate(best, 1):
@@ -1223,6 +1231,9 @@ def main(argv: list[str] | None = None) -> int:
                 runs.setdefault(run.name, []).append(run.folder)
         if len(configs) > 1 and runs:
             write_comparison(runs)
+        return 0
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (InputError, OSError, safetensors.SafetensorError) as error:
         message, code = f"error: {error}", 2
