@@ -206,8 +206,8 @@ def read_domain(folder: str | Path) -> Domain:
 
 def index_domain(folder: Path, items: dict, digests: dict, rows: list[tuple], dropped: dict, lost: list) -> Domain:
     """Number what the reader kept."""
-    name, bought = folder.resolve().name, {item for _, item, _ in rows}
-    item_ids = [item for item in items if item in bought]
+    name, kept = folder.resolve().name, {item for _, item, _ in rows}
+    item_ids = [item for item in items if item in kept]
     titles, pictures = [items[item][0] for item in item_ids], [folder / items[item][1] for item in item_ids]
     index = {item: number for number, item in enumerate(item_ids)}
     users = {user: list(events) for user, events in itertools.groupby(rows, key=lambda row: row[0])}

@@ -645,8 +645,8 @@ def parse_config(argv: list[str] | None = None) -> tuple[list[Config], list[str]
     seeds = range(flags["seed"], flags["seed"] + count)
     for method, file, seed in itertools.product(flags["method"], flags["embeddings"], seeds):
         fill = lambda path: path.replace("{method}", method).replace("{seed}", str(seed))
-        given = {"embeddings": fill(file), "adapter": fill(flags["adapter"])}
-        configs.append(check_config(Config(**flags | given | {"method": method, "seed": seed})))
+        paths = {"embeddings": fill(file), "adapter": fill(flags["adapter"])}
+        configs.append(check_config(Config(**flags | paths | {"method": method, "seed": seed})))
     return list(dict.fromkeys(configs)), history
 
 def check_config(config: Config) -> Config:
