@@ -293,27 +293,27 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-def check_domain(domain: str, data_dir: Path) -> None:
-    """Raise InputError, at once, unless `domain` is the path of a folder, or lies in data_dir, or can be made."""
-    known, last = ["sample", *AMAZON], data_dir / domain / "items.csv"
+def check_domain(domain: str, data_dir: Path) -> Path:
+    """The folder of a domain: a path if it has a separator, else data_dir/domain. Raises InputError, at once, unless
+    it is there or can be made."""
+    folder, known = data_dir / domain, ["sample", *AMAZON]
     if os.sep in domain or "/" in domain:
         if not os.path.isdir(domain):
             raise InputError(f"{domain} is no folder; a domain is one with items.csv, interactions.csv and images/")
-    elif domain not in known and not last.exists():
+        return Path(domain)
+    if domain not in known and not (folder / "items.csv").exists():
         there = [path.parent.name for path in sorted(data_dir.glob("*/items.csv"))]
         close = [f"./{domain}"] if os.path.isdir(domain or "?") else difflib.get_close_matches(domain, known + there, 1)
         near = "".join(f"did you mean {name}? " for name in close)
-        raise InputError(f"{last} is missing. {near}Write items.csv, interactions.csv and images/ there, give the path "
-                         f"of another folder, or take one of {', '.join(known)}")
+        raise InputError(f"{folder / 'items.csv'} is missing. {near}Write items.csv, interactions.csv and images/ "
+                         f"there, give the path of another folder, or take one of {', '.join(known)}")
+    return folder
 
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
-    """The folder of a domain: a path if `domain` has a separator, else data_dir/domain, made if we know how."""
-    check_domain(domain, data_dir)
-    if os.sep in domain or "/" in domain:
-        return Path(domain)
-    folder = data_dir / domain
+    """`check_domain`, and the domain is made if it is one that we know how to make and not there yet."""
+    folder = check_domain(domain, data_dir)
     last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
-    if not last.exists():
+    if domain in ["sample", *AMAZON] and not last.exists():
         with lock(folder, wait=True):
             if domain == "sample" and not last.exists():  # if it does, another process was first
                 write_sample_world(folder)
@@ -454,6 +454,7 @@ class FetchError(Exception):
 class CheckedRedirects(HTTPRedirectHandler):
     """Follows a redirect only by http or https, and only to the same host or one of PICTURE_HOSTS."""
     def redirect_request(self, request, file, code, message, headers, address):
+        """What urllib asks for each redirect."""
         url = urlsplit(address)
         if url.scheme not in ("http", "https") or url.netloc not in {request.host, *PICTURE_HOSTS}:
             raise FetchError("redirected to another host")

@@ -327,6 +327,7 @@ class Penalty(torch.nn.Module):
         self.raw = torch.nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """alpha, beta: positive scalars."""
         return torch.nn.functional.softplus(self.raw).unbind()
 
 def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpointing: bool) -> peft.PeftModel:
@@ -376,7 +377,7 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = training_samples(domain, config.history, config.train_users, config.seed)
     valid = make_evaluation(domain, "valid", config.history, config.seed)
-    steps, settings = len(samples) // config.batch, (config.tau, config.tau_crtr, config.lam)      # in an epoch
+    taus_and_lam, steps = (config.tau, config.tau_crtr, config.lam), len(samples) // config.batch  # steps in an epoch
     plan = ((epoch, users) for epoch in range(1, config.epochs + 1)
             for users in shuffled_batches(len(samples), config.batch, config.seed, epoch))
     state = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
@@ -388,13 +389,13 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
         for step, (epoch, users) in bar(plan, "train", config.epochs * steps, initial=progress["step"], unit="step"):
             encoder.vlm.train()
             batch, (alpha, beta) = [samples[user] for user in users], penalty()
-            loss, terms = batch_loss(encoder, method, batch, alpha, beta, *settings)
+            loss, terms = batch_loss(encoder, method, batch, alpha, beta, *taus_and_lam)
             loss.backward()
             terms["grad_norm"] = torch.nn.utils.get_total_norm([weight.grad for weight in lora.parameters()])
             optimizer.step()
             optimizer.zero_grad()
             if config.gradients_every and step % config.gradients_every == 0:
-                log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *settings))
+                log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *taus_and_lam))
             log.add(step, epoch, terms)
             if step % steps == 0:
                 scores = validate(encoder, method, domain, valid)
@@ -455,8 +456,8 @@ def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evalu
     users = data.validation_users(len(everyone), seed) if split == "valid" else everyone
     sequences = [domain.sequences[user] for user in users]
     histories, targets = zip(*(data.leave_one_out(sequence, split, length) for sequence in sequences))
-    negatives = [data.draw_negatives(domain.user_ids[user], domain.sequences[user], len(domain.item_ids), split, seed)
-                 for user in users]
+    negatives = [data.draw_negatives(domain.user_ids[user], sequence, len(domain.item_ids), split, seed)
+                 for user, sequence in zip(users, sequences)]
     return Evaluation(list(histories), torch.tensor(targets), torch.tensor(negatives), sequences)
 
 def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation) -> dict[str, float]:
@@ -537,13 +538,16 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it holds values that are not finite")
 
+def square_picture(path: Path, side: int) -> Image.Image:
+    """A picture of side x side pixels, its ratio kept by white margins."""
+    return ImageOps.pad(data.load_picture(path), (side, side), color="white")
+
 @torch.no_grad()
 def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
     """The vision tower's features of N pictures: (N, P, D) on the CPU, with P = (image_size / 28)^2 tokens each."""
     features = torch.empty(len(paths), (image_size // 28) ** 2, vlm.config.text_config.hidden_size, dtype=vlm.dtype)
     for k in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [ImageOps.pad(data.load_picture(path), (image_size, image_size), color="white")
-                    for path in paths[k:k + batch]]
+        pictures = [square_picture(path, image_size) for path in paths[k:k + batch]]
         pixels = processor(images=pictures, do_resize=False, return_tensors="pt").to(vlm.device)
         encoded = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
         features[k:k + batch] = torch.stack(list(encoded)).cpu()
@@ -556,11 +560,12 @@ def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: in
     for weight in vlm.visual.state_dict().values():
         key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
-    with data.lock(path, wait=True):  # of several runs that start together, one encodes
-        if not path.exists():
-            features = encode_pictures(vlm, processor, domain.pictures, image_size)
-            with data.whole_file(path) as partial:
-                safetensors.torch.save_file({"features": features}, partial)
+    if not path.exists():
+        with data.lock(path, wait=True):  # of several runs that start together, one encodes
+            if not path.exists():
+                features = encode_pictures(vlm, processor, domain.pictures, image_size)
+                with data.whole_file(path) as partial:
+                    safetensors.torch.save_file({"features": features}, partial)
     with readable(f"{path} is damaged", "delete it"):
         return safetensors.torch.load_file(path)["features"]
 
@@ -590,6 +595,7 @@ class Dropout(torch.nn.Dropout):
     """Dropout at a quarter of the cost on a CPU, where torch draws a number for each element: 16 bits decide."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x with a share p of its elements set to 0 and the others divided by 1 - p; x itself in evaluation."""
         if not self.training or x.device.type != "cpu":
             return super().forward(x)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None).view(torch.int16)
@@ -617,15 +623,21 @@ def folded_lora(vlm) -> Iterator[None]:
 
 BRINGS = {("domain", "sample"): {"model": "tiny"},  # what the choice of a domain or a model brings along; a flag wins
           ("model", "tiny"): {"lr": 1e-3, "image_size": 56}}
-EPILOG = """sample brings --model tiny; tiny brings --lr 0.001, --image-size 56; of the flags for encoder
-and training, sasrec, gru4rec and mean-pool take --history and --train-users and ignore the others"""
+IGNORED = """of the flags for encoder and training, sasrec, gru4rec and mean-pool take --history and --train-users and
+ignore the others"""
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
+def is_trained(method: Method) -> bool:
+    return bool(method.contrast or method.topology)
+
 def parse_config(argv: list[str] | None = None) -> tuple[list[Config], list[str]]:
     """The command line as a Config for each method, --embeddings and seed, and the item ids of --recommend."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog=EPILOG)
+    brings = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
+              for (_, choice), row in BRINGS.items()]
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
+                                     epilog="; ".join([*brings, IGNORED]))
     for field in dataclasses.fields(Config):
         text, argument = f"{field.metadata['help']} (default: {field.default})", field.metadata["argument"]
         metavar = None if "choices" in argument else field.type.__name__
@@ -655,14 +667,14 @@ def check_config(config: Config) -> Config:
         value, (least, most) = getattr(config, field.name), field.metadata["range"]
         if least is not None and not least <= value <= most:
             raise InputError(f"{flag(field.name)} {value}: it has to be at least {least} and at most {most}")
-    modalities, *training = METHODS[config.method][:3]
+    method = METHODS[config.method]
     if config.image_size % 28:
         raise InputError(f"--image-size {config.image_size}: a token covers 28 pixels, take a multiple such as 168")
     if config.method == "mean-pool" and not config.embeddings:
         raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
-    if config.embeddings and modalities:
+    if config.embeddings and method.modalities:
         raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {config.method}")
-    if config.adapter and not any(training):
+    if config.adapter and not is_trained(method):
         raise InputError(f"--adapter is for a method that trains one, not for --method {config.method}")
     return config
 
@@ -706,6 +718,7 @@ class Run:
             self.name += "+" + re.sub(r"-seed\d+$", "", path.parent.name if path.stem == "items" else path.stem)
         self.folder = Path(config.out, domain.name, f"{self.name}-seed{config.seed}")
 
+    @functools.cached_property
     def settings(self) -> dict:
         """config.json: every setting, versions, and digests of the data, the source and a given adapter or vectors."""
         def digest(paths) -> str:
@@ -729,7 +742,7 @@ class Run:
         with readable(f"{path} is damaged", WAY_OUT):
             before = {**json.loads(path.read_text("utf-8"))}
         differing = {name: f"{name} was {before.get(name)!r}, now {value!r}"
-                     for name, value in self.settings().items() if before.get(name) != value}
+                     for name, value in self.settings.items() if before.get(name) != value}
         if "source_digest" in differing:
             print(f"note: {self.folder} was begun with another version of vlm2rec.py or data.py")
         encoded = ["items.safetensors", "users.safetensors"] if self.method.modalities else []
@@ -740,6 +753,7 @@ class Run:
         return True
 
     def encoder(self, adapter: str | Path) -> Encoder:
+        """The model for the items of the domain, with an adapter unless it is ""."""
         size, revision, cache = self.config.image_size, self.config.revision, self.folder.parent
         encoder = build_encoder(self.domain, self.model, size, cache, revision, self.device)
         if adapter:
@@ -765,7 +779,7 @@ def execute(run: Run) -> None:
                 (folder / name).unlink(missing_ok=True)
             folder.mkdir(parents=True, exist_ok=True)
             data.write_csv(folder / "dropped.csv", ["item_id", "reason", "detail"], run.domain.dropped_items)
-        write_text(folder / "config.json", json.dumps(run.settings(), indent=1))
+        write_text(folder / "config.json", json.dumps(run.settings, indent=1))
         tables = run_embedder(run, encoder) if encoder else run_downstream(run, vectors)
         write_text(folder / TABLE, tables)
         (folder / CHECKPOINT).unlink(missing_ok=True)
@@ -774,7 +788,7 @@ def execute(run: Run) -> None:
 def run_embedder(run: Run, encoder: Encoder) -> str:
     """Train if the method does and no adapter was given, score the test split, write the results, return the tables."""
     config, domain, folder, method, test = run.config, run.domain, run.folder, run.method, run.evaluation("test")
-    if config.adapter or not (method.contrast or method.topology):
+    if config.adapter or not is_trained(method):
         valid, untrained = validate(encoder, method, domain, run.evaluation("valid")), None
     else:
         torch.manual_seed(config.seed)
@@ -880,6 +894,7 @@ class Log:
         self.pending, self.clock, self.tokens = [], time.perf_counter(), encoder.tokens
 
     def add(self, step: int, epoch: int, terms: dict[str, torch.Tensor]) -> None:
+        """Note a step's terms (scalars), and write a line if one is due."""
         self.step, self.epoch, self.names = step, epoch, list(terms)
         self.pending.append(torch.stack([value.detach() for value in terms.values()]))
         if step % self.config.log_every == 0 or step % self.steps == 0:
@@ -1154,6 +1169,13 @@ def train_downstream(model: SequenceRecommender, samples: list[tuple], valid: Ev
     model.load_state_dict(kept)
     return best
 
+def nearest_items(z: torch.Tensor, e: torch.Tensor, owned: list[int], k: int) -> tuple[list[float], list[int]]:
+    """The k best scores and items (N, D) for a user z (1, D), without what is owned."""
+    scores = cosine(z, e)[0]
+    scores[owned] = -torch.inf
+    best = scores.topk(k)
+    return best.values.tolist(), best.indices.tolist()
+
 def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict) -> None:
     """Draw two users: history, the item bought next, and each space's top five among what they did not buy before."""
     sheets = []
@@ -1161,9 +1183,9 @@ def contact_sheet(path: Path, domain: Domain, test: Evaluation, z: dict, e: dict
         target = int(test.targets[user])
         rows = {"history": test.histories[user][-5:], "bought next": [target]}
         for space in (space for space in z if space != "fused" or len(z) != 2):  # of two, it is the other again
-            scores = cosine(z[space][user:user + 1], e[space])[0]
-            scores[[item for item in test.sequences[user] if item != target]] = -torch.inf
-            rows[f"by {'both' if space == 'fused' else space}"] = scores.topk(5).indices.tolist()
+            owned = [item for item in test.sequences[user] if item != target]
+            _, best = nearest_items(z[space][user:user + 1], e[space], owned, 5)
+            rows[f"by {'both' if space == 'fused' else space}"] = best
         sheets.append(draw(domain, rows, target))
     with data.whole_file(path) as partial:
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
@@ -1180,8 +1202,7 @@ def draw(domain: Domain, rows: dict[str, list[int]], target: int | None = None) 
         pen.text((6, top + side // 2), name, "black", font)
         for rank, item in enumerate(items, 1):
             x, number = rank * wide - 10, f"{rank}. " if name.startswith("by") else ""
-            picture = data.load_picture(domain.pictures[item])
-            sheet.paste(ImageOps.pad(picture, (side, side), color="white"), (x, top))
+            sheet.paste(square_picture(domain.pictures[item], side), (x, top))
             label = textwrap.fill(number + domain.titles[item], 15, max_lines=2)
             pen.text((x, top + side + 3), label, "black", font)
             if number and item == target:
@@ -1196,16 +1217,14 @@ def recommend(run: Run, history: list[str]) -> None:
     place = {item: number for number, item in enumerate(domain.item_ids)}
     if unknown := [item for item in history if item not in place]:
         raise InputError(f"--recommend {unknown[0]}: {domain.name} has no such item, or it was dropped")
-    trained = run.method.contrast or run.method.topology  # then a run without its adapter is damaged
-    encoder = run.encoder(run.config.adapter or (folder / "adapter" if trained else ""))
+    encoder = run.encoder(run.config.adapter or (folder / "adapter" if is_trained(run.method) else ""))
     items = [place[item] for item in history]
     z = encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
     with readable(f"{folder / 'items.safetensors'} is damaged", WAY_OUT):
-        scores = cosine(z, safetensors.torch.load_file(folder / "items.safetensors")["fused"])[0]
-    scores[items] = -torch.inf
-    best = scores.topk(10).indices.tolist()
-    for rank, item in enumerate(best, 1):
-        print(f"{rank:2}  {scores[item]:.4f}  {domain.item_ids[item]}  {domain.titles[item][:70]}")
+        e = safetensors.torch.load_file(folder / "items.safetensors")["fused"]
+    scores, best = nearest_items(z, e, items, 10)
+    for rank, (score, item) in enumerate(zip(scores, best), 1):
+        print(f"{rank:2}  {score:.4f}  {domain.item_ids[item]}  {domain.titles[item][:70]}")
     sheet = draw(domain, {"history": items[-5:], "1 to 5": best[:5], "6 to 10": best[5:]})
     with data.whole_file(folder / "recommended.png") as partial:
         sheet.save(partial, "PNG")
