@@ -10,6 +10,7 @@ import contextlib
 import csv
 import gzip
 import http.server
+import importlib
 import inspect
 import io
 import json
@@ -33,6 +34,7 @@ import numpy
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from PIL import Image, features
@@ -1081,7 +1083,7 @@ def test_prompts_by_hand(encoder, home):
     both = encoder.prompt([3, 8], "interleaved")
     assert tokenizer.decode(both.ids) == f"{domain.titles[3]}\n{shown}\n{domain.titles[8]}\n{shown}<|im_end|>"
     assert both.pictures == [3, 8]
-    odd = vlm2rec.PromptBuilder(tokenizer, ["x" * 500, "a <|image_pad|> title"], 4)
+    odd = vlm2rec.PromptBuilder(tokenizer, ["x" * 500, "a <|image_pad|> title"], encoder.vlm.config, 4)
     assert len(odd([0], "text").ids) == vlm2rec.TITLE_TOKENS + 1
     assert odd.picture[1] not in odd([1], "text").ids               # what a title says is text, never a token of ours
 
@@ -1774,6 +1776,246 @@ def test_a_diverged_run_stops_with_its_first_bad_step(home, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Any family of vision-language models: tiny random checkpoints, saved with their heads and loaded as from the hub
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHOWN = {  # how each family's own Processor shows a picture, and what it opens a prompt with
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"], ("", "<|vision_start|>{}<|vision_end|>")),
+    **dict.fromkeys(["smolvlm", "idefics3"],
+                    ("<bos>", "<fake_token_around_image><global-img>{}<fake_token_around_image>")),
+    "llava": ("<bos>", "{}"), "llava_onevision": ("", "{}"), "internvl": ("", "<img>{}</img>"),
+    "gemma3": ("<bos>", "\n\n<start_of_image>{}<end_of_image>\n\n")}
+SIZES = {"qwen2_vl": 56, "qwen2_5_vl": 56, "qwen3_vl": 64, "qwen3_5": 64}  # for 4 tokens a picture; 0: the tower's own
+SHORT = [[3, 8, 5, 2, 11], [7], [9, 1], [10, 0, 6, 4]]
+
+
+def family_settings(family, ids):
+    """Text and vision settings, the rest of the config, and the image processor's name and settings."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    tower = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32, initializer_range=0.2)
+    eyes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.2,
+                image_size=56, patch_size=14)
+    siglip, square = eyes | {"model_type": "siglip_vision_model"}, {"height": 56, "width": 56}
+    pins, image = [[56, 56], [56, 112], [112, 56], [112, 112]], {"image_token_id": ids["<image>"]}
+    if family in SIZES:
+        rest = dict(image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+                    vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+        linear = dict(layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_num_key_heads=2,
+                      linear_value_head_dim=8, linear_num_value_heads=4)
+        text, vision, patch = {
+            "qwen2_vl": ({}, dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2, mlp_ratio=2,
+                                  initializer_range=0.2), 14),
+            "qwen2_5_vl": ({}, tower | {"fullatt_block_indexes": [1]}, 14),
+            "qwen3_vl": ({}, tower | {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}, 16),
+            "qwen3_5": (linear, tower | {"num_position_embeddings": 16}, 16)}[family]
+        rope |= {"mrope_interleaved": True} if patch == 16 else {}
+        return text | {"rope_parameters": rope}, vision, rest, "qwen2_vl.Qwen2VL", {"patch_size": patch}
+    return {
+        "internvl": ({"model_type": "qwen2"}, eyes | {"image_size": [56, 56], "patch_size": [14, 14]}, image,
+                     "got_ocr2.GotOcr2", {"size": square, "crop_to_patches": True}),
+        "llava": ({"model_type": "llama"}, eyes | {"model_type": "clip_vision_model"},
+                  {"image_token_index": ids["<image>"]}, "clip.CLIP",
+                  {"size": {"shortest_edge": 56}, "crop_size": square}),
+        "llava_onevision": ({"model_type": "qwen2"}, siglip | {"vision_use_head": False},
+                            {"image_token_index": ids["<image>"], "video_token_index": ids["<video>"],
+                             "image_grid_pinpoints": pins}, "llava_onevision.LlavaOnevision",
+                            {"size": square, "image_grid_pinpoints": pins}),
+        "smolvlm": ({"model_type": "llama"}, eyes, image | {"scale_factor": 2}, "smolvlm.SmolVLM",
+                    {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
+        "idefics3": ({"model_type": "llama"}, eyes, image | {"scale_factor": 2}, "idefics3.Idefics3",
+                     {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}),
+        "gemma3": ({"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"],
+                    "sliding_window": 8}, siglip | {"vision_use_head": False},
+                   {"image_token_index": ids["<image>"], "mm_tokens_per_image": 4}, "gemma3.Gemma3", {"size": square}),
+    }[family]
+
+
+def write_family(family, folder, home, context=4096):
+    """A checkpoint with the family's own head, tower, marks and image processor, and wide weights: all matter."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+    marks = re.findall("<.+?>", "".join(shown for _, shown in SHOWN.values())) + ["<image>", "<video>", "<bos>"]
+    marks = list(dict.fromkeys(marks + ["<|image_pad|>", "<|video_pad|>"]))
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in marks}
+    if SHOWN[family][0]:
+        tokenizer.bos_token = "<bos>"
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", ids["<bos>"])])
+    text, vision, rest, processor, settings = family_settings(family, ids)
+    text |= dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=context, initializer_range=0.2,
+                 pad_token_id=0)
+    config = transformers.AutoConfig.for_model(family, text_config=text, vision_config=vision, **rest)
+    module, name = processor.split(".")
+    module = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    model = transformers.AutoModelForImageTextToText.from_config(config)
+    for weight in model.parameters():
+        if not weight.any():  # such as Gemma's projector
+            torch.nn.init.normal_(weight, std=0.2)
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    getattr(module, f"{name}ImageProcessorPil")(**settings).save_pretrained(folder)
+
+
+@pytest.fixture
+def few(home):
+    """The small world with twelve items."""
+    domain = data.read_domain(home / "domains" / "sample")
+    domain.titles, domain.pictures, domain.item_ids = domain.titles[:12], domain.pictures[:12], domain.item_ids[:12]
+    return domain
+
+
+def own_forward(vlm, processor, prompt, domain, size):
+    """The last state of a prompt as the family's model itself gives it, from pixels."""
+    ids, inputs = torch.tensor([prompt.ids]), {}
+    if prompt.pictures:
+        pictures = [vlm2rec.square_picture(domain.pictures[item], size) for item in prompt.pictures]
+        alone = len(pictures) == 1 and vlm.config.model_type == "llava_onevision"  # it would be cut into tiles
+        inputs = dict(processor(images=[pictures * (2 if alone else 1)], do_resize=not size, return_tensors="pt"))
+        if alone:
+            inputs = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes")}
+            inputs["batch_num_images"] = torch.tensor([2])
+        types = (ids == vlm.config.image_token_id).int()
+        inputs |= {"mm_token_type_ids": types, "token_type_ids": types}
+    accepted = inspect.signature(vlm.forward).parameters
+    inputs = {name: value for name, value in inputs.items() if name in accepted}
+    return vlm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **inputs).last_hidden_state[0, -1]
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """All prompts in one padded batch, however long they are."""
+    monkeypatch.setitem(vlm2rec.PASS_TOKENS, "cpu", 10**6)
+    monkeypatch.setattr(vlm2rec, "PADDING", 10**6)
+
+
+@pytest.mark.parametrize("family", SHOWN)
+def test_each_family_equals_its_own_forward_pass_and_is_trained_in_its_language_layers(
+        family, home, few, tmp_path, one_pass, capsys):
+    size = SIZES.get(family, 0)
+    write_family(family, tmp_path, home)
+    encoder = vlm2rec.build_encoder(few, str(tmp_path), size or 28, tmp_path / "cache")
+    tokens, tokenizer = encoder.features.shape[1], transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokens == {"llava": 16, "llava_onevision": 17}.get(family, 4)                  # no tiles
+    ignored = f"; {family} ignores --image-size" if not size else ""
+    assert f"a picture takes {tokens} tokens{ignored}\n" in capsys.readouterr().out
+    opening, shown = SHOWN[family]
+    shown = shown.format(tokens * tokenizer.decode(encoder.vlm.config.image_token_id))
+    assert tokenizer.decode(encoder.prompt([3, 7], "interleaved").ids) == (
+        f"{opening}{few.titles[3]}\n{shown}\n{few.titles[7]}\n{shown}<|im_end|>")
+    assert all(weight.device.type == "meta" for weight in encoder.vlm.get_encoder(modality="image").parameters())
+
+    adapted, decoder = with_lora(encoder), encoder.vlm.get_decoder()
+    batch = [encoder.prompt(history, modality) for modality in ("text", "vision", "interleaved") for history in SHORT]
+    whole, _, processor = vlm2rec.load_vlm(str(tmp_path))
+    setattr(whole, "text_model" if family in ("smolvlm", "idefics3") else "language_model", decoder)
+    with torch.no_grad():
+        ours, theirs = encoder(batch), torch.stack([own_forward(whole, processor, p, few, size) for p in batch])
+    assert (ours - theirs).abs().max() < 1e-5
+    with torch.no_grad():
+        one, other = encoder(prompts(encoder, [[2, 7], [4, 7]], "vision"))
+    assert (one - other).abs().max() > 0.1                                                # pictures matter
+
+    linear = {name for name, layer in decoder.named_modules() if isinstance(layer, torch.nn.Linear)}
+    linear = {name.removesuffix(".base_layer") for name in linear if "lora_" not in name}
+    assert {name for name, layer in decoder.named_modules() if hasattr(layer, "lora_A")} == linear
+    assert len(vlm2rec.lora_layers(encoder.vlm)) == len(linear)                           # and none anywhere else
+    plain = gradients(encoder, adapted, batch)
+    assert all(gradient.abs().max() > 0 for gradient in plain)
+    decoder.activation_checkpointing_enable()
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(plain, gradients(encoder, adapted, batch)))
+
+
+def gradients(encoder, adapted, batch):
+    encoder.vlm.train()
+    lora = [weight for weight in adapted.parameters() if weight.requires_grad]
+    return torch.autograd.grad(encoder(batch).square().sum(), lora)
+
+
+@pytest.mark.parametrize("family, gone", [("qwen2_vl", "position_ids"), ("qwen3_5", "position_ids"),
+                                          ("qwen3_vl", "deepstack_visual_embeds"), ("gemma3", "token_type_ids")])
+def test_each_special_case_matters(family, gone, home, few, tmp_path, one_pass, monkeypatch):
+    """Leave it out, and the embeddings of pictures are far from the model's own."""
+    write_family(family, tmp_path, home)
+    encoder = vlm2rec.build_encoder(few, str(tmp_path), SIZES.get(family, 0), tmp_path / "cache")
+    batch, whole = prompts(encoder, SHORT, "vision"), vlm2rec.family_arguments
+
+    def without(*args):
+        lm, arguments = whole(*args)
+        del arguments[gone]
+        return lm, arguments
+    with torch.no_grad():
+        right = encoder(batch)
+        monkeypatch.setattr(vlm2rec, "family_arguments", without)
+        assert (encoder(batch) - right).abs().max() > 0.1
+
+
+def test_features_are_made_again_when_any_weight_outside_the_decoder_changes(home, few, tmp_path):
+    write_family("llava_onevision", tmp_path, home)
+    vlm, _, processor = vlm2rec.load_vlm(str(tmp_path))
+    files = lambda: [vlm2rec.cached_features(tmp_path / "cache", vlm, processor, few, 0) is None,
+                     len(list((tmp_path / "cache").glob("features-*")))][1]
+    assert files() == 1
+    for count, weight in enumerate([vlm.image_newline, vlm.multi_modal_projector.linear_1.weight,
+                                    next(vlm.vision_tower.parameters())], 2):
+        weight.data += 0.01
+        assert files() == count
+    vlm.language_model.layers[0].mlp.up_proj.weight.data += 0.01
+    assert files() == 4                                                                   # it sees no picture
+
+
+def test_a_model_that_does_not_fit_or_cannot_hold_the_prompts_is_refused_in_one_line(home, few, tmp_path, capsys):
+    refused = lambda *args: (command("--data-dir", home / "domains", "--out", tmp_path / "runs", *args) == 2,
+                             capsys.readouterr().err)[1]
+    write_family("llava", tmp_path / "llava", home, context=200)                          # 16 tokens a picture
+    llava = refused("--model", tmp_path / "llava", "--history", "20")
+    assert llava == (f"error: 20 items can take 341 tokens, more than the 200 that {tmp_path / 'llava'} holds: "
+                     "take a shorter --history\n")
+    assert not list((tmp_path / "runs").rglob("features-*"))                              # before hours of encoding
+    write_family("qwen3_vl", tmp_path / "qwen3", home, context=200)
+    qwen = refused("--model", tmp_path / "qwen3", "--image-size", "56")
+    assert qwen == "error: --image-size 56: a token covers 32 pixels, take a multiple such as 192\n"
+    qwen = refused("--model", tmp_path / "qwen3", "--image-size", "192", "--method", "internal")
+    assert qwen.endswith("take a shorter --history or a smaller --image-size\n")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    bert = refused("--model", tmp_path / "bert")
+    assert "is of the family bert; these fit: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, " in bert and "gemma3" in bert
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_whole_run_of_another_family(family, home, tmp_path, monkeypatch, capsys):
+    """Train, evaluate, resume; the adapter loads with PEFT alone."""
+    write_family(family, tmp_path / "model", home)
+    flags = ("--data-dir", home / "domains", "--model", tmp_path / "model", "--image-size", "64", *BRIEF)
+    run = lambda out: command(*flags, "--train-users", "80", "--save-every", "5", "--out", tmp_path / out)
+    assert run("calm") == 0
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+    save = vlm2rec.save_checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(vlm2rec, "save_checkpoint", save_and_die)
+        assert run("stopped") == 130
+    assert run("stopped") == 0 and "going on after step 5\n" in capsys.readouterr().out
+    calm = tmp_path / "calm" / "sample" / "vlm2rec-seed0"
+    assert contents(tmp_path / "stopped" / "sample" / "vlm2rec-seed0") == contents(calm)
+    metrics = json.loads((calm / "metrics.json").read_text())
+    assert metrics["valid"]["N@10"] > metrics["untrained"]["N@10"]
+
+    model = transformers.AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    model = peft.PeftModel.from_pretrained(model, calm / "adapter").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    domain = data.read_domain(home / "domains" / "sample")
+    stored = safetensors.torch.load_file(calm / "items.safetensors")["text"]
+    ids = tokenizer(domain.titles[5] + tokenizer.eos_token, return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert (model(input_ids=ids).last_hidden_state[0, -1] - stored[5]).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The paper's evidence
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -1945,7 +2187,7 @@ def test_downstream_models_train_on_the_latest_items_before_the_last_two(tmp_pat
                             domain=f"{tmp_path}/walk")
     run = vlm2rec.Run(config)
     run.folder.mkdir(parents=True)
-    vlm2rec.run_downstream(run, None)
+    vlm2rec.run_downstream(run, *(vlm2rec.make_evaluation(domain, split, 4, 0) for split in ("test", "valid")), None)
     samples = vlm2rec.training_samples(domain, 4, 32, seed=0)
     sequences = [[*earlier, target] for _, target, earlier in samples]
     assert len(samples) == 32 and all(sequence in [s[:-2] for s in domain.sequences] for sequence in sequences)
@@ -2027,7 +2269,7 @@ def test_a_perfect_a_constant_and_a_random_embedding_give_what_they_must_in_ever
                                          domain=f"{tmp_path}/clubs"))
         runs[name] = [run.folder]
         run.folder.mkdir(parents=True)
-        table = vlm2rec.run_downstream(run, vectors)
+        table = vlm2rec.run_downstream(run, test, valid, vectors)
         ours = [row for row in table.splitlines() if f"+{name} " in row or "20 times or more" in row]
         assert len(ours) == 2                                                          # the test split, by frequency
         for row in ours:
@@ -2328,7 +2570,7 @@ def test_help_explains_each_flag_and_what_the_downstream_models_ignore(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert all(field.metadata["help"][:30] in text for field in vlm2rec.dataclasses.fields(vlm2rec.Config))
     assert "tiny brings --lr 0.001, --image-size 56" in text
-    assert "sasrec, gru4rec and mean-pool take --history and --train-users and ignore the others" in text
+    assert "mean-pool ignore the flags for encoder and training but --history and --train-users" in text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import io
 import itertools
 import json
@@ -73,7 +74,6 @@ from tqdm import tqdm
 import data
 from data import Domain, InputError
 
-LORA_LAYERS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # bare names would reach into the vision tower too
 TITLE_TOKENS = 64  # a longer title is cut; the paper does not say
 BOTH = ("text", "vision")
 
@@ -114,7 +114,8 @@ class Config:
     method: str = option("vlm2rec", "one or more: vlm2rec; vanilla (no training); sft, text, vision, internal (Eq. 3); "
                          "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sasrec, gru4rec, mean-pool (see "
                          "--embeddings)", choices=list(METHODS), nargs="+", metavar="name")
-    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2.5-VL, or tiny: random weights")
+    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
+                        "Qwen3.5, InternVL, LLaVA, LLaVA-OneVision, SmolVLM, Idefics3 or Gemma 3; tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
     seed: int = option(0, "of LoRA's start, dropout, the users' order and choice, the evaluation's negatives", 0)
     data_dir: str = option("domains", "where the domains lie; toys, beauty, clothing and sports are fetched into it")
@@ -124,7 +125,7 @@ class Config:
     epochs: int = option(3, "passes over the users; the best on validation N@10 is kept, untrained (0) included", 1)
     batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
     history: int = option(10, "latest items of a user in the prompt", 1)
-    image_size: int = option(168, "side of a picture in pixels, a multiple of 28; not in the paper", 28, 1120)
+    image_size: int = option(168, "side of a picture in pixels, a multiple of 28, Qwen3: 32; not the paper's", 28, 1120)
     lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
     penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
@@ -158,11 +159,12 @@ class PromptBuilder:
     the same with one entry. The paper's template is missing from the text that we have; this is the least that
     "minimal prompt construction" can mean."""
 
-    def __init__(self, tokenizer, titles: list[str], picture_tokens: int):
+    def __init__(self, tokenizer, titles: list[str], config, picture_tokens: int):
         encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)  # titles are text
-        start, pad, end = tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"])
+        before, after = (tokenizer(mark, add_special_tokens=False).input_ids for mark in FAMILIES[config.model_type])
         self.titles = encode(titles, truncation=True, max_length=TITLE_TOKENS).input_ids
-        self.picture = [start, *[pad] * picture_tokens, end]
+        self.picture = [*before, *[config.image_token_id] * picture_tokens, *after]
+        self.opening = [token for token in tokenizer("").input_ids if token == tokenizer.bos_token_id]
         self.newline = encode("\n").input_ids
         self.closing = [tokenizer.eos_token_id]
 
@@ -170,7 +172,7 @@ class PromptBuilder:
         """The prompt of `items` (a history, or a list of one item) in the modality text, vision or interleaved."""
         entry = {"text": lambda item: self.titles[item], "vision": lambda item: self.picture,
                  "interleaved": lambda item: self.titles[item] + self.newline + self.picture}[modality]
-        ids = list(entry(items[0]))
+        ids = self.opening + entry(items[0])
         for item in items[1:]:
             ids += self.newline + entry(item)
         return Prompt(ids + self.closing, [] if modality == "text" else list(items))
@@ -179,15 +181,13 @@ class PromptBuilder:
 # Encoder (Sections 2.2.2, 2.3) ----------------------------------------------------------------------------------------
 
 class Encoder:
-    """Phi of Eq. 1: prompts in, the last token's state out. It takes a Qwen2_5_VLModel, into which LoRA may be put
-    before or after, its tokenizer, the titles of the N items, and (N, P, D) features: what the frozen vision tower
-    makes of their pictures. The tower is not used again."""
+    """Phi of Eq. 1: prompts in, the last token's state out. It takes a model of FAMILIES without its head, into which
+    LoRA may be put before or after, its tokenizer, the titles of the N items, and `encode_pictures` of them, (N, P, D):
+    the frozen vision tower is not used again."""
 
     def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
-        self.vlm, self.features, self.device = vlm, features, vlm.language_model.device
-        self.prompt = PromptBuilder(tokenizer, titles, features.shape[1])
-        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])
-        self.grid = torch.tensor([[1, side, side]])               # time, height and width of a picture, in patches
+        self.vlm, self.features, self.device = vlm, features, vlm.get_decoder().device
+        self.prompt = PromptBuilder(tokenizer, titles, vlm.config, features.shape[1])
         self.catalogue = [[item] for item in range(len(titles))]  # an item is encoded as a history of one
         self.tokens = 0                                           # encoded so far, for the log
 
@@ -201,22 +201,20 @@ class Encoder:
 
     def forward_pass(self, prompts: list[Prompt]) -> torch.Tensor:
         """Embeddings (B, D), float32, of B prompts, padded to the longest."""
-        lm, device = self.vlm.language_model, self.device
+        lm, device, arguments = self.vlm.get_decoder(), self.device, {}
         ids = pad([prompt.ids for prompt in prompts], 0)                                           # (B, L)
         last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
         pictures = [item for prompt in prompts for item in prompt.pictures]
         self.tokens += sum(len(prompt.ids) for prompt in prompts)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            states, positions = lm.embed_tokens(to_device(ids, device)), None                      # (B, L, D)
-            if pictures:  # they take the placeholders; their tokens have positions in time, height and width
+            states = self.vlm.get_input_embeddings()(to_device(ids, device))                       # (B, L, D)
+            if pictures:  # they take the placeholders
                 is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
-                states = states.masked_scatter(to_device(is_picture[..., None], device),
-                                               to_device(self.features[pictures], device))
-                grid = self.grid.expand(len(pictures), 3)
-                positions, _ = self.vlm.get_rope_index(ids, is_picture.int(), grid)                # (3, B, L)
-                positions = to_device(positions, device)
+                features, *deep = to_device(self.features[pictures], device).split(states.shape[-1], dim=-1)
+                states = states.masked_scatter(to_device(is_picture[..., None], device), features)
+                lm, arguments = family_arguments(self.vlm, ids, is_picture, features, deep)
             # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
-            states = lm(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+            states = lm(inputs_embeds=states, use_cache=False, **arguments).last_hidden_state
         return last_token(states, last)                                                            # (B, D)
 
     @torch.no_grad()
@@ -338,7 +336,7 @@ def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpoint
         layer.lora_dropout["default"] = Dropout(dropout)
     print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
     if checkpointing:
-        encoder.vlm.language_model.activation_checkpointing_enable()
+        encoder.vlm.get_decoder().activation_checkpointing_enable()
     return adapted
 
 def training_samples(domain: Domain, length: int, most: int, seed: int) -> list[tuple[list[int], int, list[int]]]:
@@ -474,6 +472,13 @@ def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation
 PASS_TOKENS = {"cuda": 16_384, "cpu": 2_048}  # at most in a forward pass: fill a GPU, stay in a CPU's cache
 PADDING = 256                                 # tokens of padding in a forward pass that cost as much as another pass
 GOOD_MODEL = "give a folder written by save_pretrained, a name on the hub, or tiny"
+FAMILIES = {  # of vision-language models: what stands before and after a picture's tokens; the model tells the rest
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"), ("<|vision_start|>", "<|vision_end|>")),
+    **dict.fromkeys(("smolvlm", "idefics3"), ("<fake_token_around_image><global-img>", "<fake_token_around_image>")),
+    **dict.fromkeys(("llava", "llava_onevision"), ("", "")), "internvl": ("<img>", "</img>"),
+    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n")}
+DECODER = r".*(language|text)_model\."  # bare names would put LoRA into the vision tower too
+LORA_LAYERS = DECODER + r".*\.(q|k|v|o|gate|up|down|in|out)_proj\w*"
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -488,22 +493,26 @@ def readable(what: str, remedy: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise InputError(f"{what}: {reason}; {remedy}") from None
 
-def check_model(model: str, revision: str = "main") -> None:
-    """Raise InputError if `model` cannot be found or is of another family; fetches its config only."""
+def check_model(model: str, revision: str, image_size: int) -> int:
+    """The side in pixels to scale pictures to, 0 where the tower has its own. Fetches the model's config only. Raises
+    InputError if it cannot be found or its family or the size do not fit."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise InputError(f"--model {model}: there is no such folder; {GOOD_MODEL}")
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
-        family = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False).model_type
-    if family != "qwen2_5_vl":
-        raise InputError(f"--model {model} is of the family {family}; take a Qwen2.5-VL, such as {Config.model}")
+        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+    if config.model_type not in FAMILIES:
+        raise InputError(f"--model {model} is of the family {config.model_type}; these fit: {', '.join(FAMILIES)}")
+    if not hasattr(config.vision_config, "spatial_merge_size"):
+        return 0
+    if image_size % (side := config.vision_config.patch_size * config.vision_config.spatial_merge_size):
+        raise InputError(f"--image-size {image_size}: a token covers {side} pixels, take a multiple such as {6 * side}")
+    return image_size
 
 def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
-    """(vlm without lm_head, tokenizer, image processor) of a Qwen2.5-VL; bfloat16 on CUDA, float32 on a CPU. Raises
+    """(vlm without lm_head, tokenizer, image processor) of one of FAMILIES; bfloat16 on CUDA, float32 on a CPU. Raises
     InputError if there is no such model or a part of it is missing."""
-    check_model(model, revision)
     print(f"loading {model}")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    hub = {"revision": revision, "trust_remote_code": False}
+    hub, dtype = {"revision": revision, "trust_remote_code": False}, torch.bfloat16 if device == "cuda" else torch.float
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
         vlm, report = transformers.AutoModel.from_pretrained(model, dtype=dtype, use_safetensors=True,
                                                              output_loading_info=True, **hub)
@@ -511,20 +520,40 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
         processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)  # needs no torchvision
         if report["missing_keys"]:  # transformers would go on with random weights
             raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
-        pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        if tokenizer.eos_token_id is None or pad != vlm.config.image_token_id:
+        if tokenizer.eos_token_id is None or vlm.config.image_token_id not in tokenizer.get_added_vocab().values():
             raise ValueError("its tokenizer has no end token, or another picture token than its config")
+    vars(processor).update(crop_to_patches=False, do_image_splitting=False, do_pan_and_scan=False)  # no tiles
     if device == "cpu" and vlm.num_parameters() > 3e8:
         print("note: without a CUDA GPU a model of this size takes hours; --model tiny is made for a CPU")
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
+def family_arguments(vlm, ids: torch.Tensor, is_picture: torch.Tensor, features: torch.Tensor, deep: Sequence) -> tuple:
+    """What takes the embeddings of ids (B, L) with n pictures (n, P, D), mostly the decoder, and its other inputs."""
+    lm, arguments, shown = vlm.get_decoder(), {}, to_device(is_picture, features.device)
+    if hasattr(vlm, "get_rope_index"):  # Qwen: a picture's tokens have positions in time, height and width
+        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])         # in patches
+        positions, _ = vlm.get_rope_index(ids, is_picture.int(), torch.tensor([[1, side, side]] * len(features)))
+        arguments["position_ids"] = to_device(positions, features.device)
+    if deep:  # Qwen3-VL's DeepStack: they are added after the first layers
+        arguments |= {"visual_pos_masks": shown, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
+    if "token_type_ids" in inspect.signature(vlm.forward).parameters:
+        lm, arguments["token_type_ids"] = vlm, shown.int()  # Gemma 3: a picture's tokens see each other
+    return lm, arguments
+
 def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
-                  device: str = "cpu") -> Encoder:
-    """An Encoder for the items of a domain; their pictures' features are kept in the folder `cache`."""
-    vlm, tokenizer, processor = load_vlm(model, revision, device)
-    features = cached_features(Path(cache), vlm, processor, domain, image_size)
-    vlm.visual.to("meta")  # not needed again: its memory is free
-    return Encoder(vlm, tokenizer, domain.titles, features)
+                  device: str = "cpu", history: int = 10, modalities: tuple[str, ...] = BOTH) -> Encoder:
+    """An Encoder for a domain; `cache` keeps its pictures' features. Raises InputError if a prompt is too long."""
+    size, (vlm, tokenizer, processor) = check_model(model, revision, image_size), load_vlm(model, revision, device)
+    encoder = Encoder(vlm, tokenizer, domain.titles, encode_pictures(vlm, processor, domain.pictures[:1], size))
+    tokens, context = encoder.features.shape[1], vlm.config.get_text_config().max_position_embeddings
+    print(f"a picture takes {tokens} tokens" + (f"; {vlm.config.model_type} ignores --image-size" if not size else ""))
+    longest = max(encoder.catalogue, key=lambda item: len(encoder.prompt(item, "text").ids)) * history
+    if (length := max(len(encoder.prompt(longest, modality).ids) for modality in modalities)) > context:
+        raise InputError(f"{history} items can take {length:,} tokens, more than the {context:,} that {model} holds: "
+                         "take a shorter --history" + (" or a smaller --image-size" if size else ""))
+    encoder.features = cached_features(Path(cache), vlm, processor, domain, size)
+    vlm.get_encoder(modality="image").to("meta")  # not needed again: its memory is free
+    return encoder
 
 def load_adapter(encoder: Encoder, folder: str | Path) -> None:
     """Put a trained adapter into the encoder. Raises InputError if there is none, it is damaged or of another model."""
@@ -538,27 +567,34 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it holds values that are not finite")
 
-def square_picture(path: Path, side: int) -> Image.Image:
-    """A picture of side x side pixels, its ratio kept by white margins."""
-    return ImageOps.pad(data.load_picture(path), (side, side), color="white")
+def square_picture(path: Path, side: int = 0) -> Image.Image:
+    """A picture of side x side pixels or, for 0, of its own longer side; its ratio kept by white margins."""
+    return ImageOps.pad((picture := data.load_picture(path)), [side or max(picture.size)] * 2, color="white")
 
 @torch.no_grad()
 def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
-    """The vision tower's features of N pictures: (N, P, D) on the CPU, with P = (image_size / 28)^2 tokens each."""
-    features = torch.empty(len(paths), (image_size // 28) ** 2, vlm.config.text_config.hidden_size, dtype=vlm.dtype)
+    """The vision tower's features of N pictures, P tokens each: (N, P, D) on the CPU; for Qwen3-VL (N, P, K D), with
+    the K - 1 levels of DeepStack beside them. For an `image_size` of 0, the processor scales to the tower's own."""
+    accepted = inspect.signature(vlm.get_image_features).parameters
     for k in bar(range(0, len(paths), batch), "encode pictures"):
         pictures = [square_picture(path, image_size) for path in paths[k:k + batch]]
-        pixels = processor(images=pictures, do_resize=False, return_tensors="pt").to(vlm.device)
-        encoded = vlm.get_image_features(pixels.pixel_values, pixels.image_grid_thw).pooler_output
-        features[k:k + batch] = torch.stack(list(encoded)).cpu()
+        pictures *= 1 + (len(pictures) == 1)  # LLaVA-OneVision would cut one that is alone into tiles
+        pixels = processor(images=[pictures], do_resize=not image_size, return_tensors="pt").to(vlm.device)
+        encoded = vlm.get_image_features(**{name: pixels[name] for name in accepted if name in pixels})
+        levels = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]    # n times (P, D) each
+        levels = torch.cat([torch.cat(list(level)) for level in levels], dim=-1).unflatten(0, (len(pictures), -1))
+        if k == 0:
+            features = torch.empty(len(paths), *levels.shape[1:], dtype=vlm.dtype)
+        features[k:k + batch] = levels[:len(paths) - k].cpu()
     return features
 
 def cached_features(folder: Path, vlm, processor, domain: Domain, image_size: int) -> torch.Tensor:
-    """`encode_pictures` of a domain, kept in `folder`/features-<key>.safetensors and mapped from there. The tower is
-    frozen, so once is enough for all methods and seeds. The key covers its weights, the processor and the domain."""
+    """`encode_pictures` of a domain, once for all methods and seeds: kept in `folder`/features-<key>.safetensors and
+    mapped from there. The key covers the weights outside the decoder, which are frozen, the processor, the domain."""
     key = hashlib.blake2b(f"{domain.digest} {image_size} padded {processor.to_json_string()}".encode(), digest_size=8)
-    for weight in vlm.visual.state_dict().values():
-        key.update(weight.cpu().contiguous().view(torch.uint8).numpy())
+    for name, weight in vlm.state_dict().items():
+        if not re.match(DECODER, name):
+            key.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
     path = folder / f"features-{key.hexdigest()}.safetensors"
     if not path.exists():
         with data.lock(path, wait=True):  # of several runs that start together, one encodes
@@ -623,8 +659,6 @@ def folded_lora(vlm) -> Iterator[None]:
 
 BRINGS = {("domain", "sample"): {"model": "tiny"},  # what the choice of a domain or a model brings along; a flag wins
           ("model", "tiny"): {"lr": 1e-3, "image_size": 56}}
-IGNORED = """of the flags for encoder and training, sasrec, gru4rec and mean-pool take --history and --train-users and
-ignore the others"""
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
@@ -634,10 +668,10 @@ def is_trained(method: Method) -> bool:
 
 def parse_config(argv: list[str] | None = None) -> tuple[list[Config], list[str]]:
     """The command line as a Config for each method, --embeddings and seed, and the item ids of --recommend."""
-    brings = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
-              for (_, choice), row in BRINGS.items()]
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1],
-                                     epilog="; ".join([*brings, IGNORED]))
+    notes = [f"{choice} brings " + ", ".join(f"{flag(name)} {value}" for name, value in row.items())
+             for (_, choice), row in BRINGS.items()]
+    notes.append("sasrec, gru4rec, mean-pool ignore the flags for encoder and training but --history and --train-users")
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n\n")[1], epilog="; ".join(notes))
     for field in dataclasses.fields(Config):
         text, argument = f"{field.metadata['help']} (default: {field.default})", field.metadata["argument"]
         metavar = None if "choices" in argument else field.type.__name__
@@ -668,8 +702,6 @@ def check_config(config: Config) -> Config:
         if least is not None and not least <= value <= most:
             raise InputError(f"{flag(field.name)} {value}: it has to be at least {least} and at most {most}")
     method = METHODS[config.method]
-    if config.image_size % 28:
-        raise InputError(f"--image-size {config.image_size}: a token covers 28 pixels, take a multiple such as 168")
     if config.method == "mean-pool" and not config.embeddings:
         raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
     if config.embeddings and method.modalities:
@@ -705,7 +737,7 @@ class Run:
         data.check_domain(config.domain, data_dir)
         self.model = data.prepare_model(config.model, data_dir)
         if self.method.modalities:
-            check_model(self.model, config.revision)  # before the data, which may take hours to fetch
+            check_model(self.model, config.revision, config.image_size)  # before the data, which takes hours to fetch
         self.source = data.prepare_domain(config.domain, data_dir, config.mirror)
         self.domain = domain = data.read_domain(self.source)
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
@@ -754,14 +786,11 @@ class Run:
 
     def encoder(self, adapter: str | Path) -> Encoder:
         """The model for the items of the domain, with an adapter unless it is ""."""
-        size, revision, cache = self.config.image_size, self.config.revision, self.folder.parent
-        encoder = build_encoder(self.domain, self.model, size, cache, revision, self.device)
+        encoder = build_encoder(self.domain, self.model, self.config.image_size, self.folder.parent,
+                                self.config.revision, self.device, self.config.history, self.method.modalities)
         if adapter:
             load_adapter(encoder, adapter)
         return encoder
-
-    def evaluation(self, split: str) -> Evaluation:
-        return make_evaluation(self.domain, split, self.config.history, self.config.seed)
 
 def execute(run: Run) -> None:
     """Train and evaluate, or go on with it, or show its tables if they are there already."""
@@ -780,22 +809,23 @@ def execute(run: Run) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             data.write_csv(folder / "dropped.csv", ["item_id", "reason", "detail"], run.domain.dropped_items)
         write_text(folder / "config.json", json.dumps(run.settings, indent=1))
-        tables = run_embedder(run, encoder) if encoder else run_downstream(run, vectors)
+        splits = [make_evaluation(run.domain, split, config.history, config.seed) for split in ("test", "valid")]
+        tables = run_embedder(run, *splits, encoder) if encoder else run_downstream(run, *splits, vectors)
         write_text(folder / TABLE, tables)
         (folder / CHECKPOINT).unlink(missing_ok=True)
     print(f"\n{tables}\n\nwrote {folder}")
 
-def run_embedder(run: Run, encoder: Encoder) -> str:
+def run_embedder(run: Run, test: Evaluation, valid: Evaluation, encoder: Encoder) -> str:
     """Train if the method does and no adapter was given, score the test split, write the results, return the tables."""
-    config, domain, folder, method, test = run.config, run.domain, run.folder, run.method, run.evaluation("test")
+    config, domain, folder, method = run.config, run.domain, run.folder, run.method
     if config.adapter or not is_trained(method):
-        valid, untrained = validate(encoder, method, domain, run.evaluation("valid")), None
+        scores, untrained = validate(encoder, method, domain, valid), None
     else:
         torch.manual_seed(config.seed)
         checkpointing = config.checkpointing == "on"
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, checkpointing)
         lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
-        valid, untrained = train(encoder, lora, domain, config, folder)
+        scores, untrained = train(encoder, lora, domain, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "adapter_model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not 0600
         write_text(folder / "adapter" / "README.md", CARD.format(config=config, name=domain.name))
@@ -809,16 +839,16 @@ def run_embedder(run: Run, encoder: Encoder) -> str:
         with data.whole_file(folder / f"{name}s.safetensors") as partial:
             safetensors.torch.save_file(tensors, partial, {f"{name}_ids": json.dumps(ids)})
     contact_sheet(folder / "recommendations.png", domain, test, z, e)
-    tables = write_results(run, test, test.rank(z["fused"], e["fused"]), valid, untrained)
+    tables = write_results(run, test, test.rank(z["fused"], e["fused"]), scores, untrained)
     if len(method.modalities) == 2:
         shape = {space: geometry(z[space], e[space], test.targets, test.negatives) for space in z}
         means = f"cosine of the items' mean text and mean vision: {mean_cosine(e['text'], e['vision']):.2f}"
         tables += "\n\n".join(["", as_table({"N@10 of": queries(z, e, test)}), as_table(shape), f"{means}\n{LEGEND}"])
     return tables
 
-def run_downstream(run: Run, vectors: torch.Tensor | None) -> str:
+def run_downstream(run: Run, test: Evaluation, valid: Evaluation, vectors: torch.Tensor | None) -> str:
     """`run_embedder` for a model of item ids or of given item vectors."""
-    config, domain, test, valid = run.config, run.domain, run.evaluation("test"), run.evaluation("valid")
+    config, domain = run.config, run.domain
     if config.method == "mean-pool":
         pooled = lambda split: torch.stack([vectors[history].mean(dim=0) for history in split.histories])
         ranks, scores = test.rank(pooled(test), vectors), hits_and_ndcg(valid.rank(pooled(valid), vectors)[0])
