@@ -1144,11 +1144,11 @@ def test_lora_folded_into_the_weights_gives_the_same_embeddings_and_leaves_no_tr
     before = {name: weight.clone() for name, weight in weights().items()}
     with torch.no_grad():
         beside = encoder(prompts(encoder, HISTORIES, "vision"))
-        with vlm2rec.folded_lora(encoder.vlm):
+        with vlm2rec.folded_lora(encoder.vlm, "text"):
             changed = [name for name, weight in weights().items() if not torch.equal(weight, before[name])]
             assert len(changed) == 7 * encoder.vlm.config.text_config.num_hidden_layers
             inside = encoder(prompts(encoder, HISTORIES, "vision"))
-        with adapted.disable_adapter(), vlm2rec.folded_lora(encoder.vlm):
+        with adapted.disable_adapter(), vlm2rec.folded_lora(encoder.vlm, "text"):
             without = encoder(prompts(encoder, HISTORIES, "vision"))
     assert (beside - inside).abs().max() < 1e-5 < (beside - without).abs().max()
     assert all(torch.equal(weight, before[name]) for name, weight in weights().items())
@@ -1387,9 +1387,9 @@ def test_the_other_methods(home, finished, method, capsys):
     assert max(map(len, table.splitlines())) <= 100
     if method != "vanilla":
         terms = json.loads((folder / "log.jsonl").read_text().splitlines()[0])
-        assert {"infonce", "wpcl", "crtr", "alpha"} & set(terms) == {
+        assert {"infonce", "wpcl", "crtr", "alpha", "cmsa"} & set(terms) == {
             "no-wpcl": {"crtr"}, "no-penalty": {"infonce", "crtr"}, "no-stopgrad": {"wpcl", "crtr", "alpha"},
-            "no-crtr": {"wpcl", "alpha"}}.get(method, {"infonce"})
+            "no-crtr": {"wpcl", "alpha"}, "sda": {"infonce", "cmsa"}}.get(method, {"infonce"})
 
 
 def test_peft_and_transformers_alone_reproduce_the_item_embeddings(finished, home):
@@ -1968,20 +1968,24 @@ def test_features_are_made_again_when_any_weight_outside_the_decoder_changes(hom
 def test_a_model_that_does_not_fit_or_cannot_hold_the_prompts_is_refused_in_one_line(home, few, tmp_path, capsys):
     refused = lambda *args: (command("--data-dir", home / "domains", "--out", tmp_path / "runs", *args) == 2,
                              capsys.readouterr().err)[1]
-    write_family("llava", tmp_path / "llava", home, context=200)                          # 16 tokens a picture
+    write_family("llava", tmp_path / "llava", home, context=100)
+    longest = max(map(len, few.sequences)) - 1                                            # no user has 20
     llava = refused("--model", tmp_path / "llava", "--history", "20")
-    assert llava == (f"error: 20 items can take 341 tokens, more than the 200 that {tmp_path / 'llava'} holds: "
-                     "take a shorter --history\n")
+    assert llava == (f"error: {longest} items can take {17 * longest + 1} tokens, more than the 100 that "
+                     f"{tmp_path / 'llava'} holds: take a shorter --history\n")
     assert not list((tmp_path / "runs").rglob("features-*"))                              # before hours of encoding
     write_family("qwen3_vl", tmp_path / "qwen3", home, context=200)
     qwen = refused("--model", tmp_path / "qwen3", "--image-size", "56")
     assert qwen == "error: --image-size 56: a token covers 32 pixels, take a multiple such as 192\n"
     qwen = refused("--model", tmp_path / "qwen3", "--image-size", "192", "--method", "internal")
     assert qwen.endswith("take a shorter --history or a smaller --image-size\n")
-    (tmp_path / "bert").mkdir()
-    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
-    bert = refused("--model", tmp_path / "bert")
-    assert "is of the family bert; these fit: qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_5, " in bert and "gemma3" in bert
+    for family, config in {"bert": {}, "internvl_chat": {"auto_map": {"AutoConfig": "code.OfTheirs"}},
+                           "llava+pixtral": {"vision_config": {"model_type": "pixtral"}}}.items():
+        (tmp_path / family).mkdir()
+        config["model_type"] = family.removesuffix("+pixtral")
+        (tmp_path / family / "config.json").write_text(json.dumps(config))
+        assert refused("--model", tmp_path / family) == (
+            f"error: --model {tmp_path / family} is of the family {family}; these fit: {', '.join(vlm2rec.FAMILIES)}\n")
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
@@ -2013,6 +2017,122 @@ def test_a_whole_run_of_another_family(family, home, tmp_path, monkeypatch, caps
     ids = tokenizer(domain.titles[5] + tokenizer.eos_token, return_tensors="pt").input_ids
     with torch.no_grad():
         assert (model(input_ids=ids).last_hidden_state[0, -1] - stored[5]).abs().max() < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# SDA: CMSA in the loss, MoDA in the adapter
+# ----------------------------------------------------------------------------------------------------------------------
+
+def loop_teacher(e_text, e_vision, tau):
+    vision, text = loop_sim(e_vision, e_vision), loop_sim(e_text, e_text)
+    rows = [[math.exp((v + t) / (2 * tau)) for v, t in zip(*pair)] for pair in zip(vision, text)]
+    return [[cell / sum(row) for cell in row] for row in rows]
+
+
+def loop_alignment(e_text, e_vision, tau, teacher):
+    """The mean cross-entropy of both directions, halved, from a fixed teacher."""
+    total, across = 0.0, loop_sim(e_vision, e_text)
+    for student in (across, list(zip(*across))):
+        for p, row in zip(teacher, student):
+            normaliser = sum(math.exp(s / tau) for s in row)
+            total -= sum(q * math.log(math.exp(s / tau) / normaliser) for q, s in zip(p, row))
+    return total / (2 * len(teacher))
+
+
+def test_cmsa_equals_the_loops_and_no_gradient_goes_through_the_teacher(batch):
+    tensors, negatives = batch
+    e_text, e_vision = tensors["e_text"], tensors["e_vision"]
+    values = {"e_text": e_text.tolist(), "e_vision": e_vision.tolist()}
+    teacher = loop_teacher(**values, tau=TAU)
+    loss = vlm2rec.structural_alignment(e_text, e_vision, TAU)
+    assert loss.item() == pytest.approx(loop_alignment(**values, tau=TAU, teacher=teacher), abs=1e-9)
+    loss.backward()
+    for key in values:
+        for row, column in ((0, 1), (2, 3), (4, 0)):
+            def shifted(step):
+                moved = tensors[key].detach().clone()
+                moved[row, column] += step
+                return loop_alignment(**values | {key: moved.tolist()}, tau=TAU, teacher=teacher)
+            slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
+            assert tensors[key].grad[row, column].item() == pytest.approx(slope, abs=1e-6)
+
+
+def test_sda_is_sft_and_cmsa(batch):
+    tensors, negatives = batch
+    z = vlm2rec.fuse({"text": tensors["z_text"], "vision": tensors["z_vision"]})
+    e = vlm2rec.fuse({"text": tensors["e_text"], "vision": tensors["e_vision"]})
+    loss = lambda method: vlm2rec.objective(vlm2rec.METHODS[method], z, e, negatives, None, None, TAU, TAU_CRTR, LAM)[0]
+    cmsa = vlm2rec.structural_alignment(e["text"], e["vision"], TAU)
+    assert loss("sda").item() == pytest.approx((loss("sft") + LAM * cmsa).item())
+
+
+def with_gates(encoder, checkpointing=False):
+    """MoDA whose B and gates are not zero, so that they matter."""
+    torch.manual_seed(1)
+    adapted = vlm2rec.add_lora(encoder, 8, 16, 0.0, checkpointing)
+    vlm2rec.add_gates(encoder, checkpointing)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name or name.endswith("gates"):
+            torch.nn.init.normal_(weight, std=0.5)
+    return adapted
+
+
+def test_moda_is_the_sum_over_its_experts_for_each_modality(encoder):
+    with_gates(encoder)
+    layer = encoder.vlm.language_model.layers[1].mlp.down_proj
+    a, b, x = layer.lora_A["default"], layer.lora_B["default"].weight, torch.randn(2, 5, layer.in_features)
+    with torch.no_grad():
+        for number, modality in enumerate(("text", "vision")):
+            encoder.shows = torch.tensor([bool(number)] * 2)
+            expected, shares = layer.base_layer(x), a.gates[number].softmax(dim=0)
+            for expert in range(4):                                # each has two of the eight ranks; alpha / rank is 2
+                ranks = slice(2 * expert, 2 * expert + 2)
+                expected = expected + 2 * shares[expert] * (x @ a.weight[ranks].T @ b[:, ranks].T)
+            assert (layer(x) - expected).abs().max() < 1e-6 * expected.abs().max()
+            with vlm2rec.folded_lora(encoder.vlm, modality):
+                encoder.shows = None                               # folded, nothing asks for it
+                assert (layer(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+            folded, not_folded = encoder.embed(HISTORIES, (modality,)), encoder(prompts(encoder, HISTORIES, modality))
+            assert (folded[modality] - not_folded).abs().max() < 1e-5 * not_folded.abs().max()
+
+
+def test_modas_gradients_agree_with_checkpointing_of_mixed_passes_and_reach_each_expert_and_gate(encoder, home):
+    histories = [(history, modality) for history in HISTORIES for modality in ("text", "vision")]
+
+    def gradients_of(encoder, adapted):
+        encoder.vlm.train()
+        mixed = encoder([encoder.prompt(*history) for history in histories])               # both in a pass
+        text = encoder([encoder.prompt(history, "text") for history in HISTORIES])         # the last one, text alone
+        loss = mixed.sin().sum() + text.cos().sum()
+        names, lora = zip(*((n, w) for n, w in adapted.named_parameters() if w.requires_grad))
+        return dict(zip(names, torch.autograd.grad(loss, lora)))
+    plain = gradients_of(encoder, with_gates(encoder))
+    domain = data.read_domain(home / "domains" / "sample")
+    again = vlm2rec.build_encoder(domain, str(home / "domains" / "tiny-qwen2.5-vl"), 56, home / "cache")
+    checkpointed = gradients_of(again, with_gates(again, checkpointing=True))
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-5) for name in plain)
+    for name, gradient in plain.items():
+        blocks = gradient.T if "lora_B" in name else gradient      # a row for each rank, or for each modality's gates
+        assert blocks.abs().amax(dim=1).min() > 0, name
+        if name.endswith("gates"):
+            assert gradient.abs().min() > 0
+
+
+def test_sdas_adapter_says_what_it_is_and_is_loaded_whole(home, tmp_path, capsys):
+    run = ("--data-dir", home / "domains", "--method", "sda", *BRIEF, "--out")
+    assert command(*run, tmp_path / "runs", "--epochs", "1") == 0
+    folder = tmp_path / "runs" / "sample" / "sda-seed0"
+    assert "PEFT would drop its gates" in (folder / "adapter" / "README.md").read_text()
+    tensors = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+    gates = [tensor for name, tensor in tensors.items() if name.endswith("gates")]
+    assert len(gates) == 14 and all(tensor.shape == (2, 4) and tensor.abs().max() > 0 for tensor in gates)
+    assert command(*run, tmp_path / "again", "--adapter", folder / "adapter") == 0
+    first, second = (safetensors.torch.load_file(path / "items.safetensors")
+                     for path in (folder, tmp_path / "again" / "sample" / "sda+zero-shot-seed0"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    capsys.readouterr()
+    assert command(*run, tmp_path / "runs", "--lora-rank", "6") == 2
+    assert capsys.readouterr().err == "error: --lora-rank 6: the 4 experts of sda share it, take a multiple\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2596,6 +2716,43 @@ def test_the_readmes_catalogue_of_ones_own_is_a_domain(tmp_path, monkeypatch):
     exec(code, {})
     domain = data.read_domain("my-shop")
     assert len(domain.item_ids) == 150 and len(domain.user_ids) == 300 and not domain.dropped_items
+
+
+def test_the_readmes_recipe_for_bert_and_clip(home, tmp_path, monkeypatch):
+    """On tiny random models; each vector is that of its item alone."""
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "bert-base" in block)
+    assert len(code.splitlines()) <= 12
+    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+    tokenizer.model_input_names, end = ["input_ids", "attention_mask"], tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", end)])
+    small = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=2, initializer_range=0.2)
+    eyes = small | {"image_size": 56, "patch_size": 14}
+    monkeypatch.chdir(tmp_path)
+    bert = transformers.BertModel(transformers.BertConfig(**small)).eval()
+    clip = transformers.CLIPModel(transformers.CLIPConfig(text_config=small | {"eos_token_id": end}, vision_config=eyes,
+                                                          projection_dim=32)).eval()
+    for model, folder in ((bert, "google-bert/bert-base-uncased"), (clip, "openai/clip-vit-base-patch32")):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    module = importlib.import_module("transformers.models.clip.image_processing_pil_clip")
+    processor = module.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
+    processor.save_pretrained("openai/clip-vit-base-patch32")
+    shutil.copytree(home / "domains" / "sample", "domains/toys")
+    exec(code, {})
+
+    domain, item = data.read_domain("domains/toys"), 70
+    words = tokenizer(domain.titles[item], return_tensors="pt")
+    with torch.no_grad():
+        both = clip(**words, **processor(data.load_picture(domain.pictures[item]), return_tensors="pt"))
+        expected = {"bert": bert(**words).last_hidden_state[0, 0], "clip": (both.text_embeds + both.image_embeds)[0]}
+    for name, vector in expected.items():
+        assert (safetensors.torch.load_file(f"{name}.safetensors")["fused"][item] - vector).abs().max() < 1e-5
+    assert command("--domain", "./domains/toys", "--method", "mean-pool", "sasrec", "--train-users", "40",
+                   "--embeddings", "bert.safetensors", "clip.safetensors") == 0
+    assert {path.name for path in Path("runs/toys").glob("*-seed0")} == {
+        f"{method}+{name}-seed0" for method in ("mean-pool", "sasrec") for name in ("bert", "clip")}
 
 
 def test_the_readmes_commands_and_names_exist():

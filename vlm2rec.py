@@ -86,6 +86,7 @@ class Method(NamedTuple):
     contrast: str = ""           # "wpcl" (Eq. 10), "infonce" (Eq. 3) or ""
     topology: bool = False       # with lam * CRTR (Eq. 13)?
     stop_gradient: bool = True   # in Eq. 8
+    sda: bool = False            # another system's answer: with lam * CMSA, and MoDA in place of plain LoRA
 
 METHODS = {
     "vlm2rec": Method(BOTH, "wpcl", topology=True),
@@ -98,6 +99,7 @@ METHODS = {
     "no-penalty": Method(BOTH, "infonce", topology=True),
     "no-stopgrad": Method(BOTH, "wpcl", topology=True, stop_gradient=False),
     "no-crtr": Method(BOTH, "wpcl"),
+    "sda": Method(BOTH, "infonce", sda=True),         # Structural and Disentangled Adaptation (2025)
     "sasrec": Method(()),                             # downstream models: ids, or the item vectors of --embeddings
     "gru4rec": Method(()),
     "mean-pool": Method(()),                          # a history is the mean of its items' vectors
@@ -112,8 +114,8 @@ class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
     method: str = option("vlm2rec", "one or more: vlm2rec; vanilla (no training); sft, text, vision, internal (Eq. 3); "
-                         "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sasrec, gru4rec, mean-pool (see "
-                         "--embeddings)", choices=list(METHODS), nargs="+", metavar="name")
+                         "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sda; sasrec, gru4rec, mean-pool "
+                         "(see --embeddings)", choices=list(METHODS), nargs="+", metavar="name")
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
                         "Qwen3.5, InternVL, LLaVA, LLaVA-OneVision, SmolVLM, Idefics3 or Gemma 3; tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
@@ -125,12 +127,12 @@ class Config:
     epochs: int = option(3, "passes over the users; the best on validation N@10 is kept, untrained (0) included", 1)
     batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
     history: int = option(10, "latest items of a user in the prompt", 1)
-    image_size: int = option(168, "side of a picture in pixels, a multiple of 28, Qwen3: 32; not the paper's", 28, 1120)
+    image_size: int = option(168, "side of a picture in pixels, for Qwen times 28 or 32; not the paper's", 28, 1120)
     lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
     penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
     tau_crtr: float = option(1.0, "temperature of the topology loss; paper: .001, .01, .1 or 1", 1e-6)
-    lam: float = option(0.5, "weight of the topology loss; paper: .1, .5 or 1", 0)
+    lam: float = option(0.5, "weight of the topology loss (and of sda's alignment); paper: .1, .5 or 1", 0)
     lora_rank: int = option(16, "LoRA's rank", 1)
     lora_alpha: int = option(32, "LoRA's scale: its update is multiplied by alpha / rank", 1)
     lora_dropout: float = option(0.2, "dropout in front of LoRA", 0, most=0.99)
@@ -181,9 +183,8 @@ class PromptBuilder:
 # Encoder (Sections 2.2.2, 2.3) ----------------------------------------------------------------------------------------
 
 class Encoder:
-    """Phi of Eq. 1: prompts in, the last token's state out. It takes a model of FAMILIES without its head, into which
-    LoRA may be put before or after, its tokenizer, the titles of the N items, and `encode_pictures` of them, (N, P, D):
-    the frozen vision tower is not used again."""
+    """Phi of Eq. 1: prompts in, the last token's state out. It takes a model of FAMILIES without its head, with LoRA or
+    without, its tokenizer, the titles of the N items, and (N, P, D) of `encode_pictures`, not the tower itself."""
 
     def __init__(self, vlm, tokenizer, titles: list[str], features: torch.Tensor):
         self.vlm, self.features, self.device = vlm, features, vlm.get_decoder().device
@@ -206,12 +207,13 @@ class Encoder:
         last = to_device(torch.tensor([len(prompt.ids) - 1 for prompt in prompts]), device)        # (B,)
         pictures = [item for prompt in prompts for item in prompt.pictures]
         self.tokens += sum(len(prompt.ids) for prompt in prompts)
+        self.shows = to_device(torch.tensor([bool(prompt.pictures) for prompt in prompts]), device)  # (B,), for MoDA
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             states = self.vlm.get_input_embeddings()(to_device(ids, device))                       # (B, L, D)
             if pictures:  # they take the placeholders
-                is_picture = ids == self.vlm.config.image_token_id                                 # (B, L)
+                is_picture = to_device(ids == self.vlm.config.image_token_id, device)              # (B, L)
                 features, *deep = to_device(self.features[pictures], device).split(states.shape[-1], dim=-1)
-                states = states.masked_scatter(to_device(is_picture[..., None], device), features)
+                states = states.masked_scatter(is_picture[..., None], features)
                 lm, arguments = family_arguments(self.vlm, ids, is_picture, features, deep)
             # Padding is on the right and attention is causal: no token that counts sees it, so no mask is needed.
             states = lm(inputs_embeds=states, use_cache=False, **arguments).last_hidden_state
@@ -223,8 +225,8 @@ class Encoder:
         of histories; an item is a history of one."""
         self.vlm.eval()
         parts = {}
-        with folded_lora(self.vlm):
-            for modality in modalities:
+        for modality in modalities:
+            with folded_lora(self.vlm, modality):
                 prompts = [self.prompt(items, modality) for items in histories]
                 parts[modality] = self(prompts, f"embed {modality}").cpu()
         return fuse(parts)
@@ -269,11 +271,9 @@ def discriminative_margin(sim: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
     return torch.where(count > 0, sim.diagonal() - mean, 0.0)
 
 def modality_gap(margin_text: torch.Tensor, margin_vision: torch.Tensor, stop_gradient: bool = True) -> torch.Tensor:
-    """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, from the margins (B,) of both modalities.
-
-    Which one is weak is decided in each step for each user. The stop-gradient leaves this loss one way to close the
-    gap: raise the weak margin, not lower the strong one.
-    """
+    """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, from the margins (B,) of both modalities. The
+    weak one is found in each step for each user. The stop-gradient leaves this loss one way to close the gap:
+    raise the weak margin, not lower the strong one."""
     strong = torch.maximum(margin_text, margin_vision)
     weak = torch.minimum(margin_text, margin_vision)
     return (strong.detach() if stop_gradient else strong) - weak
@@ -311,6 +311,9 @@ def objective(method: Method, z: dict, e: dict, mask: torch.Tensor, alpha: torch
     if method.topology:
         terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
         loss = loss + lam * terms["crtr"]
+    if method.sda:
+        terms["cmsa"] = structural_alignment(e["text"], e["vision"], tau)
+        loss = loss + lam * terms["cmsa"]
     return loss, {"loss": loss, **terms}
 
 
@@ -334,7 +337,6 @@ def add_lora(encoder: Encoder, rank: int, alpha: int, dropout: float, checkpoint
     adapted = peft.get_peft_model(encoder.vlm, config)
     for layer in lora_layers(adapted) if dropout else []:
         layer.lora_dropout["default"] = Dropout(dropout)
-    print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
     if checkpointing:
         encoder.vlm.get_decoder().activation_checkpointing_enable()
     return adapted
@@ -479,6 +481,7 @@ FAMILIES = {  # of vision-language models: what stands before and after a pictur
     "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n")}
 DECODER = r".*(language|text)_model\."  # bare names would put LoRA into the vision tower too
 LORA_LAYERS = DECODER + r".*\.(q|k|v|o|gate|up|down|in|out)_proj\w*"
+EXPERTS = 4  # in LoRA's rank, for sda
 
 bar = functools.partial(tqdm, leave=False, disable=None)  # no bars where the output is not a terminal
 
@@ -494,17 +497,18 @@ def readable(what: str, remedy: str) -> Iterator[None]:
         raise InputError(f"{what}: {reason}; {remedy}") from None
 
 def check_model(model: str, revision: str, image_size: int) -> int:
-    """The side in pixels to scale pictures to, 0 where the tower has its own. Fetches the model's config only. Raises
-    InputError if it cannot be found or its family or the size do not fit."""
+    """The side in pixels to scale pictures to, 0 for the tower's own. Raises InputError if the model does not fit."""
     if model.startswith((".", "/", "~")) and not Path(model).is_dir():
         raise InputError(f"--model {model}: there is no such folder; {GOOD_MODEL}")
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
-        config = transformers.AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
-    if config.model_type not in FAMILIES:
-        raise InputError(f"--model {model} is of the family {config.model_type}; these fit: {', '.join(FAMILIES)}")
-    if not hasattr(config.vision_config, "spatial_merge_size"):
+        config = transformers.PreTrainedConfig.get_config_dict(model, revision=revision)[0]
+        family = config["model_type"] + "+pixtral" * ("pixtral" in str(config))  # no fixed number of tokens
+        if family not in FAMILIES:
+            raise InputError(f"--model {model} is of the family {family}; these fit: {', '.join(FAMILIES)}")
+        vision = transformers.AutoConfig.from_pretrained(model, revision=revision).vision_config
+    if not hasattr(vision, "spatial_merge_size"):
         return 0
-    if image_size % (side := config.vision_config.patch_size * config.vision_config.spatial_merge_size):
+    if image_size % (side := vision.patch_size * vision.spatial_merge_size):
         raise InputError(f"--image-size {image_size}: a token covers {side} pixels, take a multiple such as {6 * side}")
     return image_size
 
@@ -529,15 +533,16 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
 
 def family_arguments(vlm, ids: torch.Tensor, is_picture: torch.Tensor, features: torch.Tensor, deep: Sequence) -> tuple:
     """What takes the embeddings of ids (B, L) with n pictures (n, P, D), mostly the decoder, and its other inputs."""
-    lm, arguments, shown = vlm.get_decoder(), {}, to_device(is_picture, features.device)
+    lm, arguments = vlm.get_decoder(), {}
     if hasattr(vlm, "get_rope_index"):  # Qwen: a picture's tokens have positions in time, height and width
         side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[1])         # in patches
-        positions, _ = vlm.get_rope_index(ids, is_picture.int(), torch.tensor([[1, side, side]] * len(features)))
+        types, grid = (ids == vlm.config.image_token_id).int(), torch.tensor([[1, side, side]] * len(features))
+        positions, _ = vlm.get_rope_index(ids, types, grid)                                        # (3, B, L)
         arguments["position_ids"] = to_device(positions, features.device)
     if deep:  # Qwen3-VL's DeepStack: they are added after the first layers
-        arguments |= {"visual_pos_masks": shown, "deepstack_visual_embeds": [level.flatten(0, 1) for level in deep]}
+        arguments |= {"visual_pos_masks": is_picture, "deepstack_visual_embeds": [x.flatten(0, 1) for x in deep]}
     if "token_type_ids" in inspect.signature(vlm.forward).parameters:
-        lm, arguments["token_type_ids"] = vlm, shown.int()  # Gemma 3: a picture's tokens see each other
+        lm, arguments["token_type_ids"] = vlm, is_picture.int()  # Gemma 3: a picture's tokens see each other
     return lm, arguments
 
 def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path, revision: str = "main",
@@ -547,6 +552,7 @@ def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path
     encoder = Encoder(vlm, tokenizer, domain.titles, encode_pictures(vlm, processor, domain.pictures[:1], size))
     tokens, context = encoder.features.shape[1], vlm.config.get_text_config().max_position_embeddings
     print(f"a picture takes {tokens} tokens" + (f"; {vlm.config.model_type} ignores --image-size" if not size else ""))
+    history = min(history, max(map(len, domain.sequences)) - 1)
     longest = max(encoder.catalogue, key=lambda item: len(encoder.prompt(item, "text").ids)) * history
     if (length := max(len(encoder.prompt(longest, modality).ids) for modality in modalities)) > context:
         raise InputError(f"{history} items can take {length:,} tokens, more than the {context:,} that {model} holds: "
@@ -562,6 +568,9 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
         if not path.exists() or peft.PeftConfig.from_pretrained(folder).peft_type != "LORA":
             raise ValueError("there is no LoRA in it, as adapter_config.json and adapter_model.safetensors")
         adapted, tensors = peft.PeftModel.from_pretrained(encoder.vlm, folder), safetensors.torch.load_file(path)
+        if any(name.endswith(".gates") for name in tensors):  # of MoDA, which PEFT does not know
+            add_gates(encoder, checkpointing=False)
+            peft.set_peft_model_state_dict(adapted, tensors)
         if set(tensors) != set(peft.get_peft_model_state_dict(adapted)):
             raise ValueError("it lacks tensors of the model's layers, or has others")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -569,7 +578,8 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
 
 def square_picture(path: Path, side: int = 0) -> Image.Image:
     """A picture of side x side pixels or, for 0, of its own longer side; its ratio kept by white margins."""
-    return ImageOps.pad((picture := data.load_picture(path)), [side or max(picture.size)] * 2, color="white")
+    picture = data.load_picture(path)
+    return ImageOps.pad(picture, [side or max(picture.size)] * 2, color="white")
 
 @torch.no_grad()
 def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: int = 16) -> torch.Tensor:
@@ -581,7 +591,7 @@ def encode_pictures(vlm, processor, paths: list[Path], image_size: int, batch: i
         pictures *= 1 + (len(pictures) == 1)  # LLaVA-OneVision would cut one that is alone into tiles
         pixels = processor(images=[pictures], do_resize=not image_size, return_tensors="pt").to(vlm.device)
         encoded = vlm.get_image_features(**{name: pixels[name] for name in accepted if name in pixels})
-        levels = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]    # n times (P, D) each
+        levels = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]
         levels = torch.cat([torch.cat(list(level)) for level in levels], dim=-1).unflatten(0, (len(pictures), -1))
         if k == 0:
             features = torch.empty(len(paths), *levels.shape[1:], dtype=vlm.dtype)
@@ -642,7 +652,7 @@ def lora_layers(vlm) -> list[torch.nn.Module]:
     return [layer for layer in vlm.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
 
 @contextlib.contextmanager
-def folded_lora(vlm) -> Iterator[None]:
+def folded_lora(vlm, modality: str) -> Iterator[None]:
     """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
     the bit. Not in bfloat16, which would round small updates away."""
     with contextlib.ExitStack() as undo:
@@ -651,6 +661,9 @@ def folded_lora(vlm) -> Iterator[None]:
                 undo.callback(setattr, layer.weight, "data", layer.weight.data)
                 undo.callback(layer.unmerge)  # before the line above: the last one is undone first
                 layer.weight.data = layer.weight.data.clone()
+                if hasattr(a := layer.lora_A["default"], "gates"):
+                    undo.callback(setattr, a.weight, "data", a.weight.data)
+                    a.weight.data = a.weight.data * gate(a)[int(modality != "text"), :, None]
                 layer.merge()
         yield
 
@@ -706,6 +719,8 @@ def check_config(config: Config) -> Config:
         raise InputError("--method mean-pool needs item vectors: --embeddings FILE")
     if config.embeddings and method.modalities:
         raise InputError(f"--embeddings is for sasrec, gru4rec and mean-pool, not for --method {config.method}")
+    if method.sda and config.lora_rank % EXPERTS:
+        raise InputError(f"--lora-rank {config.lora_rank}: the {EXPERTS} experts of sda share it, take a multiple")
     if config.adapter and not is_trained(method):
         raise InputError(f"--adapter is for a method that trains one, not for --method {config.method}")
     return config
@@ -717,7 +732,8 @@ CHANCE = hits_and_ndcg(torch.arange(1, data.NEGATIVES + 2))  # what a random ord
 CARD = """---\nbase_model: {config.model}\nlibrary_name: peft\n---
 LoRA of VLM2Rec (arXiv 2603.17450), method {config.method}, for {config.model}, trained on {name}. To load it:
 `peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained("{config.model}"), "this folder")`.
-The last token's state of a prompt is the embedding: titles or pictures, a newline between two, one end token."""
+The last token's state embeds a prompt: opening token, titles or pictures, a newline between two, end token."""
+GATES = "\nPEFT would drop its gates (SDA's MoDA) without a word: take `load_adapter` of vlm2rec.py."
 LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"
 RUN_FILES = [LOG, CHECKPOINT, TABLE, "config.json", "metrics.json", "ranks.csv", "dropped.csv", "items.safetensors",
              "users.safetensors", "recommendations.png", "recommended.png", "adapter/adapter_model.safetensors",
@@ -824,11 +840,14 @@ def run_embedder(run: Run, test: Evaluation, valid: Evaluation, encoder: Encoder
         torch.manual_seed(config.seed)
         checkpointing = config.checkpointing == "on"
         adapted = add_lora(encoder, config.lora_rank, config.lora_alpha, config.lora_dropout, checkpointing)
+        if method.sda:
+            add_gates(encoder, checkpointing)
+        print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
         lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
         scores, untrained = train(encoder, lora, domain, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "adapter_model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not 0600
-        write_text(folder / "adapter" / "README.md", CARD.format(config=config, name=domain.name))
+        write_text(folder / "adapter" / "README.md", CARD.format(config=config, name=domain.name) + GATES * method.sda)
     clock = time.perf_counter()
     e = encoder.embed(encoder.catalogue, method.modalities)
     print(f"{time.perf_counter() - clock:.1f} s to embed the {len(domain.item_ids):,} items, "
@@ -1109,6 +1128,32 @@ def gradient_cosines(encoder: Encoder, method: Method, batch: list[tuple], *args
     encoder.vlm.train()
     return {f"cos_{modality}": torch.cosine_similarity(gradients[0], gradient, dim=0).item()
             for modality, gradient in zip(BOTH, gradients[1:])}
+
+def structural_alignment(e_text: torch.Tensor, e_vision: torch.Tensor, tau: float) -> torch.Tensor:
+    """SDA's CMSA on the embeddings (B, D) of a batch's targets: who is near whom within the modalities teaches who is
+    near whom across them, by cross-entropy in both directions, on unit vectors: on others it is plain InfoNCE."""
+    teacher = ((cosine(e_vision, e_vision) + cosine(e_text, e_text)) / (2 * tau)).softmax(dim=1).detach()
+    logits = cosine(e_vision, e_text) / tau
+    return torch.nn.functional.cross_entropy(torch.cat([logits, logits.T]), teacher.repeat(2, 1))
+
+def gate(a: torch.nn.Linear) -> torch.Tensor:
+    """(2, r): how much each rank of a LoRA with `gates` counts for text and for vision, equal within an expert."""
+    return a.gates.softmax(dim=1).repeat_interleave(len(a.weight) // a.gates.shape[1], dim=1)
+
+def add_gates(encoder: Encoder, checkpointing: bool) -> None:
+    """SDA's MoDA: LoRA's rank becomes blocks, the experts, and each layer learns how much each one counts for text and
+    for vision. A checkpointed layer is recomputed after other passes, and has to see its own modalities again."""
+    for a in (layer.lora_A["default"] for layer in lora_layers(encoder.vlm)):
+        a.gates = torch.nn.Parameter(torch.zeros(2, EXPERTS, device=encoder.device))
+        a.register_forward_hook(lambda a, _, x: x * gate(a)[encoder.shows.int()][:, None])         # (B, L, r)
+
+    @contextlib.contextmanager
+    def again(shows):
+        encoder.shows = shows
+        yield
+    if checkpointing:
+        contexts = lambda: (contextlib.nullcontext(), again(encoder.shows))  # of a layer's pass, of its recomputation
+        encoder.vlm.get_decoder().activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 def read_vectors(path: Path, domain: Domain, folder: Path) -> torch.Tensor:
     """Item vectors (N, D), float32, from .safetensors (its tensor "fused", or the only one) or .npy. They stand in the
