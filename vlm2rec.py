@@ -157,9 +157,9 @@ class Prompt(NamedTuple):
     pictures: list[int]
 
 class PromptBuilder:
-    """Builds P_T and P_V: the titles or the pictures in order, a newline between two, one closing token; for an item
-    the same with one entry. The paper's template is missing from the text that we have; this is the least that
-    "minimal prompt construction" can mean."""
+    """Builds P_T and P_V: the titles or the pictures in order, a newline between two, one closing token, for LLaMA and
+    Gemma an opening one too; for an item the same with one entry. The paper's template is missing from the text that we
+    have; this is the least that "minimal prompt construction" can mean."""
 
     def __init__(self, tokenizer, titles: list[str], config, picture_tokens: int):
         encode = functools.partial(tokenizer, add_special_tokens=False, split_special_tokens=True)  # titles are text
@@ -225,8 +225,8 @@ class Encoder:
         of histories; an item is a history of one."""
         self.vlm.eval()
         parts = {}
-        for modality in modalities:
-            with folded_lora(self.vlm, modality):
+        with folded_lora(self.vlm):
+            for modality in modalities:
                 prompts = [self.prompt(items, modality) for items in histories]
                 parts[modality] = self(prompts, f"embed {modality}").cpu()
         return fuse(parts)
@@ -502,7 +502,7 @@ def check_model(model: str, revision: str, image_size: int) -> int:
         raise InputError(f"--model {model}: there is no such folder; {GOOD_MODEL}")
     with readable(f"--model {model} cannot be loaded", GOOD_MODEL):
         config = transformers.PreTrainedConfig.get_config_dict(model, revision=revision)[0]
-        family = config["model_type"] + "+pixtral" * ("pixtral" in str(config))  # no fixed number of tokens
+        family = config.get("model_type", "unknown") + "+pixtral" * ("pixtral" in str(config))  # tokens vary
         if family not in FAMILIES:
             raise InputError(f"--model {model} is of the family {family}; these fit: {', '.join(FAMILIES)}")
         vision = transformers.AutoConfig.from_pretrained(model, revision=revision).vision_config
@@ -652,18 +652,16 @@ def lora_layers(vlm) -> list[torch.nn.Module]:
     return [layer for layer in vlm.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
 
 @contextlib.contextmanager
-def folded_lora(vlm, modality: str) -> Iterator[None]:
+def folded_lora(vlm) -> Iterator[None]:
     """While the block runs, LoRA's updates are part of the weights, and cost nothing; after it they are as before, to
     the bit. Not in bfloat16, which would round small updates away."""
     with contextlib.ExitStack() as undo:
         for layer in lora_layers(vlm):
-            if not layer.disable_adapters and layer.weight.dtype == torch.float32:
+            gated = hasattr(layer.lora_A["default"], "gates")  # MoDA's update differs between the modalities
+            if layer.weight.dtype == torch.float32 and not layer.disable_adapters and not gated:
                 undo.callback(setattr, layer.weight, "data", layer.weight.data)
                 undo.callback(layer.unmerge)  # before the line above: the last one is undone first
                 layer.weight.data = layer.weight.data.clone()
-                if hasattr(a := layer.lora_A["default"], "gates"):
-                    undo.callback(setattr, a.weight, "data", a.weight.data)
-                    a.weight.data = a.weight.data * gate(a)[int(modality != "text"), :, None]
                 layer.merge()
         yield
 
@@ -1136,21 +1134,20 @@ def structural_alignment(e_text: torch.Tensor, e_vision: torch.Tensor, tau: floa
     logits = cosine(e_vision, e_text) / tau
     return torch.nn.functional.cross_entropy(torch.cat([logits, logits.T]), teacher.repeat(2, 1))
 
-def gate(a: torch.nn.Linear) -> torch.Tensor:
-    """(2, r): how much each rank of a LoRA with `gates` counts for text and for vision, equal within an expert."""
-    return a.gates.softmax(dim=1).repeat_interleave(len(a.weight) // a.gates.shape[1], dim=1)
-
 def add_gates(encoder: Encoder, checkpointing: bool) -> None:
     """SDA's MoDA: LoRA's rank becomes blocks, the experts, and each layer learns how much each one counts for text and
     for vision. A checkpointed layer is recomputed after other passes, and has to see its own modalities again."""
-    for a in (layer.lora_A["default"] for layer in lora_layers(encoder.vlm)):
-        a.gates = torch.nn.Parameter(torch.zeros(2, EXPERTS, device=encoder.device))
-        a.register_forward_hook(lambda a, _, x: x * gate(a)[encoder.shows.int()][:, None])         # (B, L, r)
+    def scale(a, _, x):
+        shares = a.gates.softmax(dim=1).repeat_interleave(x.shape[-1] // EXPERTS, dim=1)           # (2, r)
+        return x * shares[encoder.shows.int()][:, None]                                            # (B, L, r)
 
     @contextlib.contextmanager
     def again(shows):
         encoder.shows = shows
         yield
+    for a in (layer.lora_A["default"] for layer in lora_layers(encoder.vlm)):
+        a.gates = torch.nn.Parameter(torch.zeros(2, EXPERTS, device=encoder.device))
+        a.register_forward_hook(scale)
     if checkpointing:
         contexts = lambda: (contextlib.nullcontext(), again(encoder.shows))  # of a layer's pass, of its recomputation
         encoder.vlm.get_decoder().activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
