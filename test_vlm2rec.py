@@ -1979,6 +1979,9 @@ def test_a_model_that_does_not_fit_or_cannot_hold_the_prompts_is_refused_in_one_
     assert qwen == "error: --image-size 56: a token covers 32 pixels, take a multiple such as 192\n"
     qwen = refused("--model", tmp_path / "qwen3", "--image-size", "192", "--method", "internal")
     assert qwen.endswith("take a shorter --history or a smaller --image-size\n")
+    shutil.copy(tmp_path / "llava" / "preprocessor_config.json", tmp_path / "qwen3")
+    qwen = refused("--model", tmp_path / "qwen3", "--image-size", "64")
+    assert "cannot read a picture: " in qwen and qwen.endswith("does its preprocessor_config.json belong to it?\n")
     for family, config in {"bert": {}, "internvl_chat": {"auto_map": {"AutoConfig": "code.OfTheirs"}},
                            "llava+pixtral": {"vision_config": {"model_type": "pixtral"}}}.items():
         (tmp_path / family).mkdir()
@@ -2008,6 +2011,8 @@ def test_a_whole_run_of_another_family(family, home, tmp_path, monkeypatch, caps
     assert contents(tmp_path / "stopped" / "sample" / "vlm2rec-seed0") == contents(calm)
     metrics = json.loads((calm / "metrics.json").read_text())
     assert metrics["valid"]["N@10"] > metrics["untrained"]["N@10"]
+    shown = command(*flags, "--train-users", "80", "--image-size", "96", "--out", tmp_path / "calm")
+    assert shown == (2 if family in SIZES else 0)                                         # it is ignored, or it is not
 
     model = transformers.AutoModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(model, calm / "adapter").eval()
@@ -2133,7 +2138,7 @@ def test_sdas_adapter_says_what_it_is_and_is_loaded_whole(home, tmp_path, capsys
     run = ("--data-dir", home / "domains", "--method", "sda", *BRIEF, "--out")
     assert command(*run, tmp_path / "runs", "--epochs", "1") == 0
     folder = tmp_path / "runs" / "sample" / "sda-seed0"
-    assert "PEFT would drop its gates" in (folder / "adapter" / "README.md").read_text()
+    assert "PEFT would drop the gates" in (folder / "adapter" / "README.md").read_text()
     tensors = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
     gates = [tensor for name, tensor in tensors.items() if name.endswith("gates")]
     assert len(gates) == 14 and all(tensor.shape == (2, 4) and tensor.abs().max() > 0 for tensor in gates)
@@ -2141,6 +2146,16 @@ def test_sdas_adapter_says_what_it_is_and_is_loaded_whole(home, tmp_path, capsys
     first, second = (safetensors.torch.load_file(path / "items.safetensors")
                      for path in (folder, tmp_path / "again" / "sample" / "sda+zero-shot-seed0"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+    def refused(method, adapter):
+        capsys.readouterr()
+        assert command("--data-dir", home / "domains", "--method", method, "--adapter", adapter, "--out", tmp_path) == 2
+        return capsys.readouterr().err
+    assert refused("sft", folder / "adapter") == f"error: --adapter {folder / 'adapter'} was trained by --method sda\n"
+    shutil.copytree(folder / "adapter", tmp_path / "cut")
+    safetensors.torch.save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("gates")},
+                                tmp_path / "cut" / "adapter_model.safetensors")
+    assert refused("sda", tmp_path / "cut") == f"error: --adapter {tmp_path / 'cut'} was not trained by --method sda\n"
     capsys.readouterr()
     assert command(*run, tmp_path / "runs", "--lora-rank", "6") == 2
     assert capsys.readouterr().err == "error: --lora-rank 6: the 4 experts of sda share it, take a multiple\n"
@@ -2657,7 +2672,7 @@ def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
     (["--model", "./mute-too"], "--model ./mute-too cannot be loaded: "),
     (["--model", "./blind"], "--model ./blind cannot be loaded: Can't load image processor"),
     (["--model", "./runs/sample/vlm2rec-seed0/adapter"], "vlm2rec-seed0/adapter is of the family unknown; these fit: "),
-    (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 30 tensors"),
+    (["--model", "./half"], "--model ./half cannot be loaded: its weights lack 30, such as visual.blocks.0."),
     (["--batch", "1"], "--batch 1: it has to be at least 2"),
     (["--batch", "999"], "222 users to train on, less than one --batch of 999"),
     (["--train-users", "7"], "7 users to train on, less than one --batch of 8"),
@@ -2667,6 +2682,7 @@ def test_randomly_damaged_files_get_an_error_or_a_score(tmp_path, home, capsys):
     (["--method", "mean-pool"], "needs item vectors"),
     (["--seeds", "0"], "--seeds 0: it has to be at least 1"),
     (["--image-size", "100"], "--image-size 100"),
+    (["--lr", "inf"], "--lr inf: it has to be at least 1e-12 and at most 1e+30"),
     (["--tau", "0"], "--tau"),
     pytest.param(["--device", "cuda"], "torch sees no CUDA GPU",
                  marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")),

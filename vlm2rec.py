@@ -114,8 +114,8 @@ class Config:
     """Every setting of a run. The defaults are the paper's unless the line says that it does not tell."""
     domain: str = option("sample", "a domain under --data-dir, or a path to a folder (with a separator in it)")
     method: str = option("vlm2rec", "one or more: vlm2rec; vanilla (no training); sft, text, vision, internal (Eq. 3); "
-                         "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sda; sasrec, gru4rec, mean-pool "
-                         "(see --embeddings)", choices=list(METHODS), nargs="+", metavar="name")
+                         "the ablations no-wpcl, no-penalty, no-stopgrad, no-crtr; sda, another system; sasrec, "
+                         "gru4rec, mean-pool (see --embeddings)", choices=list(METHODS), nargs="+", metavar="name")
     model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub name or folder of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL, "
                         "Qwen3.5, InternVL, LLaVA, LLaVA-OneVision, SmolVLM, Idefics3 or Gemma 3; tiny: random weights")
     revision: str = option("main", "branch, tag or commit of a model on the hub")
@@ -128,7 +128,7 @@ class Config:
     batch: int = option(8, "users in a step (B); each one's target is a negative for the others", 2)
     history: int = option(10, "latest items of a user in the prompt", 1)
     image_size: int = option(168, "side of a picture in pixels, for Qwen times 28 or 32; not the paper's", 28, 1120)
-    lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, most=math.inf)
+    lr: float = option(1e-5, "AdamW's learning rate for LoRA, constant", 1e-12, 1e30)
     penalty_lr: float = option(1e-5, "the same for alpha and beta, whatever LoRA's is; 0 freezes them", 0)
     tau: float = option(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1", 1e-6)
     tau_crtr: float = option(1.0, "temperature of the topology loss; paper: .001, .01, .1 or 1", 1e-6)
@@ -523,7 +523,7 @@ def load_vlm(model: str, revision: str = "main", device: str = "cpu"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **hub)
         processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)  # needs no torchvision
         if report["missing_keys"]:  # transformers would go on with random weights
-            raise ValueError(f"its weights lack {len(report['missing_keys'])} tensors")
+            raise ValueError(f"its weights lack {len(report['missing_keys'])}, such as {min(report['missing_keys'])}")
         if tokenizer.eos_token_id is None or vlm.config.image_token_id not in tokenizer.get_added_vocab().values():
             raise ValueError("its tokenizer has no end token, or another picture token than its config")
     vars(processor).update(crop_to_patches=False, do_image_splitting=False, do_pan_and_scan=False)  # no tiles
@@ -549,7 +549,8 @@ def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path
                   device: str = "cpu", history: int = 10, modalities: tuple[str, ...] = BOTH) -> Encoder:
     """An Encoder for a domain; `cache` keeps its pictures' features. Raises InputError if a prompt is too long."""
     size, (vlm, tokenizer, processor) = check_model(model, revision, image_size), load_vlm(model, revision, device)
-    encoder = Encoder(vlm, tokenizer, domain.titles, encode_pictures(vlm, processor, domain.pictures[:1], size))
+    with readable(f"--model {model} cannot read a picture", "does its preprocessor_config.json belong to it?"):
+        encoder = Encoder(vlm, tokenizer, domain.titles, encode_pictures(vlm, processor, domain.pictures[:1], size))
     tokens, context = encoder.features.shape[1], vlm.config.get_text_config().max_position_embeddings
     print(f"a picture takes {tokens} tokens" + (f"; {vlm.config.model_type} ignores --image-size" if not size else ""))
     history = min(history, max(map(len, domain.sequences)) - 1)
@@ -562,7 +563,7 @@ def build_encoder(domain: Domain, model: str, image_size: int, cache: str | Path
     return encoder
 
 def load_adapter(encoder: Encoder, folder: str | Path) -> None:
-    """Put a trained adapter into the encoder. Raises InputError if there is none, it is damaged or of another model."""
+    """Put a trained adapter into the encoder. Raises InputError if there is none, it is damaged or does not fit."""
     path = Path(folder, "adapter_model.safetensors")
     with readable(f"--adapter {folder} does not fit", "give the folder adapter/ of a run with the same --model"):
         if not path.exists() or peft.PeftConfig.from_pretrained(folder).peft_type != "LORA":
@@ -731,7 +732,7 @@ CARD = """---\nbase_model: {config.model}\nlibrary_name: peft\n---
 LoRA of VLM2Rec (arXiv 2603.17450), method {config.method}, for {config.model}, trained on {name}. To load it:
 `peft.PeftModel.from_pretrained(transformers.AutoModel.from_pretrained("{config.model}"), "this folder")`.
 The last token's state embeds a prompt: opening token, titles or pictures, a newline between two, end token."""
-GATES = "\nPEFT would drop its gates (SDA's MoDA) without a word: take `load_adapter` of vlm2rec.py."
+GATES = "\nNot this one: PEFT would drop the gates of SDA's MoDA without a word. Take `load_adapter` of vlm2rec.py."
 LOG, CHECKPOINT, TABLE = "log.jsonl", "checkpoint.pt", "table.md"
 RUN_FILES = [LOG, CHECKPOINT, TABLE, "config.json", "metrics.json", "ranks.csv", "dropped.csv", "items.safetensors",
              "users.safetensors", "recommendations.png", "recommended.png", "adapter/adapter_model.safetensors",
@@ -749,9 +750,9 @@ class Run:
         self.config, self.method, data_dir = config, METHODS[config.method], Path(config.data_dir)
         self.device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
         data.check_domain(config.domain, data_dir)
-        self.model = data.prepare_model(config.model, data_dir)
-        if self.method.modalities:
-            check_model(self.model, config.revision, config.image_size)  # before the data, which takes hours to fetch
+        self.model = model = data.prepare_model(config.model, data_dir)
+        if self.method.modalities:  # before the data, which may take hours to fetch
+            self.config = dataclasses.replace(config, image_size=check_model(model, config.revision, config.image_size))
         self.source = data.prepare_domain(config.domain, data_dir, config.mirror)
         self.domain = domain = data.read_domain(self.source)
         print(f"torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}; "
@@ -804,6 +805,8 @@ class Run:
                                 self.config.revision, self.device, self.config.history, self.method.modalities)
         if adapter:
             load_adapter(encoder, adapter)
+            if self.method.sda != hasattr(lora_layers(encoder.vlm)[0].lora_A["default"], "gates"):
+                raise InputError(f"--adapter {adapter} was {'not ' * self.method.sda}trained by --method sda")
         return encoder
 
 def execute(run: Run) -> None:
@@ -1311,7 +1314,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", module="transformers|peft")
     try:
         runs, (configs, history) = {}, parse_config(argv)
         for run in map(Run, configs):
