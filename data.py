@@ -296,24 +296,24 @@ def whole_file(path: Path) -> Iterator[Path]:
 def check_domain(domain: str, data_dir: Path) -> Path:
     """The folder of a domain: a path if it has a separator, else data_dir/domain. Raises InputError, at once, unless
     it is there or can be made."""
-    folder, known = data_dir / domain, ["sample", *AMAZON]
+    folder = data_dir / domain
     if os.sep in domain or "/" in domain:
         if not os.path.isdir(domain):
             raise InputError(f"{domain} is no folder; a domain is one with items.csv, interactions.csv and images/")
         return Path(domain)
-    if domain not in known and not (folder / "items.csv").exists():
+    if domain not in KNOWN and not (folder / "items.csv").exists():
         there = [path.parent.name for path in sorted(data_dir.glob("*/items.csv"))]
-        close = [f"./{domain}"] if os.path.isdir(domain or "?") else difflib.get_close_matches(domain, known + there, 1)
+        close = [f"./{domain}"] if os.path.isdir(domain or "?") else difflib.get_close_matches(domain, KNOWN + there, 1)
         near = "".join(f"did you mean {name}? " for name in close)
         raise InputError(f"{folder / 'items.csv'} is missing. {near}Write items.csv, interactions.csv and images/ "
-                         f"there, give the path of another folder, or take one of {', '.join(known)}")
+                         f"there, give the path of another folder, or take one of {', '.join(KNOWN)}")
     return folder
 
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
     """`check_domain`, and the domain is made if it is one that we know how to make and not there yet."""
     folder = check_domain(domain, data_dir)
     last = folder / "items.csv"  # of the files that are written: where it is, the domain is whole
-    if domain in ["sample", *AMAZON] and not last.exists():
+    if domain in KNOWN and not last.exists():
         with lock(folder, wait=True):
             if domain == "sample" and not last.exists():  # if it does, another process was first
                 write_sample_world(folder)
@@ -439,6 +439,7 @@ AMAZON = {"toys": ("Toys_and_Games", 19_412, 11_924, 167_597),  # name in the fi
           "beauty": ("Beauty", 22_363, 12_101, 198_502),        # items and interactions
           "clothing": ("Clothing_Shoes_and_Jewelry", 39_387, 23_033, 278_677),
           "sports": ("Sports_and_Outdoors", 35_598, 18_357, 296_337)}
+KNOWN = ["sample", *AMAZON]  # domains that we know how to make
 ARCHIVES = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"  # answered in September 2026
 PICTURES = "https://m.media-amazon.com"  # serves today what the metadata's hosts served
 PICTURE_HOSTS = {"ecx.images-amazon.com", "g-ecx.images-amazon.com",
@@ -625,7 +626,7 @@ def amazon_table(domain: str, reviews: list, five_core: list, final: list, reaso
 def main() -> int:
     """Prepare a domain without training: `python data.py toys`."""
     parser = argparse.ArgumentParser(description="Prepare a domain: download, filter and write it, without training.")
-    parser.add_argument("domain", choices=["sample", *AMAZON])
+    parser.add_argument("domain", choices=KNOWN)
     parser.add_argument("--data-dir", default="domains", help="it goes to DATA_DIR/DOMAIN (default: domains)")
     parser.add_argument("--mirror", default="", help="address of archives and pictures, instead of their own")
     args = parser.parse_args()

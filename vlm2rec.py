@@ -369,20 +369,20 @@ def batch_loss(encoder: Encoder, method: Method, batch: list[tuple], alpha: torc
         terms["mean_cosine"] = mean_cosine(e["text"], e["vision"])
     return loss, terms
 
-def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Config, folder: Path) -> tuple[dict, dict]:
+def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, valid: "Evaluation", config: Config,
+          folder: Path) -> tuple[dict, dict]:
     """Train the encoder's parameters `lora`, from the checkpoint in `folder` on if there is one; leave them as they
     were after the epoch with the best validation N@10. Returns its scores and those of the untrained model."""
     method, penalty = METHODS[config.method], Penalty().to(encoder.device)
     optimizer = torch.optim.AdamW([{"params": lora.parameters(), "lr": config.lr},
                                    {"params": penalty.parameters(), "lr": config.penalty_lr}], weight_decay=0.0)
     samples = training_samples(domain, config.history, config.train_users, config.seed)
-    valid = make_evaluation(domain, "valid", config.history, config.seed)
     taus_and_lam, steps = (config.tau, config.tau_crtr, config.lam), len(samples) // config.batch  # steps in an epoch
     plan = ((epoch, users) for epoch in range(1, config.epochs + 1)
             for users in shuffled_batches(len(samples), config.batch, config.seed, epoch))
     state = {"optimizer": optimizer, "lora": lora, "penalty": penalty}
     if (progress := load_checkpoint(folder, state)) is None:
-        scores = validate(encoder, method, domain, valid)                                          # epoch 0
+        scores = validate(encoder, method, valid)                                          # epoch 0
         progress = {"step": 0, "untrained": scores, "best": scores, "kept": copy.deepcopy(lora.state_dict())}
     plan, log = itertools.islice(enumerate(plan, 1), progress["step"], None), Log(folder / LOG, encoder, config, steps)
     with stop_requests() as stop:  # Ctrl-C: end the step, save, leave
@@ -398,7 +398,7 @@ def train(encoder: Encoder, lora: torch.nn.Module, domain: Domain, config: Confi
                 log.append({"step": step} | gradient_cosines(encoder, method, batch, *penalty(), *taus_and_lam))
             log.add(step, epoch, terms)
             if step % steps == 0:
-                scores = validate(encoder, method, domain, valid)
+                scores = validate(encoder, method, valid)
                 if scores["N@10"] > progress["best"]["N@10"]:
                     progress |= {"best": scores, "kept": copy.deepcopy(lora.state_dict())}
             if step % steps == 0 or step % config.save_every == 0 or stop.is_set():
@@ -460,7 +460,7 @@ def make_evaluation(domain: Domain, split: str, length: int, seed: int) -> Evalu
                  for user, sequence in zip(users, sequences)]
     return Evaluation(list(histories), torch.tensor(targets), torch.tensor(negatives), sequences)
 
-def validate(encoder: Encoder, method: Method, domain: Domain, valid: Evaluation) -> dict[str, float]:
+def validate(encoder: Encoder, method: Method, valid: Evaluation) -> dict[str, float]:
     """Embed the catalogue and the validation histories with the encoder as it is; H@k and N@k."""
     e = encoder.embed(encoder.catalogue, method.modalities)
     z = encoder.embed(valid.histories, method.modalities)
@@ -577,7 +577,7 @@ def load_adapter(encoder: Encoder, folder: str | Path) -> None:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("it holds values that are not finite")
 
-def square_picture(path: Path, side: int = 0) -> Image.Image:
+def square_picture(path: Path, side: int) -> Image.Image:
     """A picture of side x side pixels or, for 0, of its own longer side; its ratio kept by white margins."""
     picture = data.load_picture(path)
     return ImageOps.pad(picture, [side or max(picture.size)] * 2, color="white")
@@ -836,7 +836,7 @@ def run_embedder(run: Run, test: Evaluation, valid: Evaluation, encoder: Encoder
     """Train if the method does and no adapter was given, score the test split, write the results, return the tables."""
     config, domain, folder, method = run.config, run.domain, run.folder, run.method
     if config.adapter or not is_trained(method):
-        scores, untrained = validate(encoder, method, domain, valid), None
+        scores, untrained = validate(encoder, method, valid), None
     else:
         torch.manual_seed(config.seed)
         checkpointing = config.checkpointing == "on"
@@ -845,7 +845,7 @@ def run_embedder(run: Run, test: Evaluation, valid: Evaluation, encoder: Encoder
             add_gates(encoder, checkpointing)
         print(f"trainable parameters: {adapted.get_nb_trainable_parameters()[0]:,}, all LoRA in the language layers")
         lora = torch.nn.ParameterList(weight for weight in adapted.parameters() if weight.requires_grad)
-        scores, untrained = train(encoder, lora, domain, config, folder)
+        scores, untrained = train(encoder, lora, domain, valid, config, folder)
         adapted.save_pretrained(folder / "adapter", save_embedding_layers=False)
         (folder / "adapter" / "adapter_model.safetensors").chmod((folder / "config.json").stat().st_mode)  # not 0600
         write_text(folder / "adapter" / "README.md", CARD.format(config=config, name=domain.name) + GATES * method.sda)
