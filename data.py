@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The data side of VLM2Rec: one format on disk, its reader, the split, the negatives; below them
 what writes this format (the sample world, Amazon 2014) and the tiny model. A domain is a folder:
-
     items.csv          item_id,title,image         image: a path relative to the folder
     interactions.csv   user_id,item_id,timestamp   in any order; all numbers or all ISO 8601 dates
 """
@@ -77,7 +76,7 @@ def read_file(path: Path) -> bytes | None:
     return content
 
 def read_csv(path: Path, columns: tuple):
-    """Yield ("path, line n", the values of `columns`) per row; also with semicolons or tabs."""
+    """Yield ("path, line n", values of `columns`...) per row; semicolons or tabs may divide."""
     needs = f"it needs {','.join(columns)}, and double quotes around a field with a comma in it"
     content = read_file(path)
     if content is None:
@@ -107,8 +106,7 @@ def read_csv(path: Path, columns: tuple):
         raise InputError(f"{path}, line {line}: {error}; {needs}") from None
 
 def read_items(folder: Path) -> dict:
-    """items.csv as {item_id: (title, its picture's path in the folder)}. A path may not lead out of
-    the folder; a link that its owner put there is followed wherever it leads."""
+    """items.csv as {item_id: (title, path)}. A path may not lead out of the folder, a link may."""
     items = {}
     for where, item, title, image in read_csv(folder / "items.csv", ITEMS):
         item = read_id(item, where)
@@ -126,14 +124,17 @@ def read_id(text, where):
     """An id in Unicode's form NFC, unless it is empty or a number that lost digits."""
     rounded = re.fullmatch(r"-?\d[.,](\d+)[eE]\+(\d{1,3})", text)  # such as 6.20386E+12
     if not text or rounded and len(rounded[1]) < int(rounded[2]):
-        raise InputError(f"{where}: id {text!r} is empty, or was rounded by a spreadsheet")
+        raise InputError(f"{where}: id {text!r} is empty, or rounded by a spreadsheet; mend it")
     return normalize("NFC", text)
 
 def read_interactions(folder, items):
     """interactions.csv as [(user_id, item_id, time)], user by user, oldest first."""
-    users, rows, times = {}, [], []  # users in the file's order
+    users = {}  # in the file's order
+    rows = []
+    times = []
     for where, user, item, timestamp in read_csv(folder / "interactions.csv", EVENTS):
-        user, item = read_id(user, where), read_id(item, where)
+        user = read_id(user, where)
+        item = read_id(item, where)
         if item not in items:
             raise InputError(f"{where}: item_id {item!r} is not in items.csv; {[*items][:2]} are")
         is_date, when = parse_time(timestamp)
@@ -161,8 +162,8 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture's first frame to RGB, upright, on white; or raise what is wrong with it."""
     with Image.open(file, formats=FORMATS) as picture:
         short, long = sorted(picture.size)
-        unfit = short < 2 or long > MAX_RATIO * short or short * long > MAX_PIXELS
-        if unfit or picture.mode in ("I", "F"):  # the latter have no known range
+        thin = short < 2 or long > MAX_RATIO * short
+        if thin or short * long > MAX_PIXELS or picture.mode in ("I", "F"):  # of no known range
             raise ValueError(f"{picture.size} {picture.mode}: too large, small, thin or deep")
         picture.load()
         with contextlib.suppress(Exception):  # broken EXIF does not say how it was turned
@@ -190,11 +191,12 @@ def core(rows, k=CORE, room=0):
 
 def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop what cannot be shown and all but the first of a repeat; 5-core."""
-    items = read_items(Path(folder))
-    rows = read_interactions(Path(folder), items)
+    folder = Path(folder)
+    items = read_items(folder)
+    rows = read_interactions(folder, items)
     def check(item):  # (digest of the picture, "", ""), or ("", why it cannot be shown, detail)
         title, image = items[item]
-        content = read_file(Path(folder, image))
+        content = read_file(folder / image)
         if not title or content is None:
             return "", "no file" if title else "no title", image[:100]
         try:
@@ -219,8 +221,8 @@ def read_domain(folder: str | Path) -> Domain:
     if not kept:
         gone = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise InputError(f"{folder}: nothing is left: a user needs {CORE} items and {NEGATIVES} "
-                         f"others, an item {CORE} users; dropped {gone}; {lost[:3]}")
-    return index_domain(Path(folder), items, checks, kept, dropped, lost)
+                         f"others, an item {CORE} users; dropped: {gone} {lost[:3]}")
+    return index_domain(folder, items, checks, kept, dropped, lost)
 
 def name_of(folder: str | Path) -> str:
     """The domain's name: the one by which its folder was given, not that of a link's target."""
@@ -241,16 +243,15 @@ def index_domain(folder, items, checks, rows, *lost):
     shown = [checks[item][0] for item in item_ids]
     content = json.dumps([item_ids, titles, shown, list(users), sequences, tied])
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    return Domain(name_of(folder), item_ids, titles, pictures, list(users), sequences, tied, *lost,
-                  digest)
+    name = name_of(folder)
+    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, *lost, digest)
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""
     users = len(domain.user_ids)
     events = sum(map(len, domain.sequences))
     lost = [f"{count:,} {reason}" for reason, count in domain.dropped.items() if count]
-    for item, reason, detail in domain.dropped_items[:3]:
-        lost.append(f"{item!r:.20}: {reason} {detail!r:.40}")
+    lost += [f"{row[0]!r:.20}: {row[1]} {row[2]!r:.40}" for row in domain.dropped_items[:3]]
     return (f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} "
             f"interactions, mean length {events / users:.1f}\n"
             f"  dropped: {', '.join(lost) or 'nothing'}\n"
@@ -258,7 +259,7 @@ def describe(domain: Domain) -> str:
 
 # The split and the negatives (Sections 5.1.1, 5.1.3) ----------------------------------------------
 def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
-    """(the latest `length` items before the target, the target)."""
+    """(the latest `length` items before the target, the target). The last item is for the test."""
     at = len(sequence) - {"test": 1, "valid": 2, "train": 3}[split]
     return sequence[max(0, at - length):at], sequence[at]
 
@@ -290,7 +291,7 @@ def lock(path: Path, wait: bool = False):
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             raise
-        print(f"note: {path} is where there are no locks; start one run at a time", flush=True)
+        print(f"note: the file system of {path} has no locks; start one run at a time", flush=True)
     try:
         yield
     finally:
@@ -361,9 +362,8 @@ BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"] 
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # by category
 
 def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.7, shape=0.7) -> None:
-    """Write `per_cell` items of each of 8 categories and 8 styles. The title's noun and, in a share
-    `shape`, the picture's shape show the category; its hue and, in a share `brand`, the title's
-    brand the style: each modality is clear about one thing and vague about the other."""
+    """Write `per_cell` items of each of 8 categories and 8 styles. Their nouns and a share of their
+    shapes show the category, their hues and a share of their brands the style."""
     rng = random.Random(f"sample world {seed}")
     cells = itertools.product(range(8), range(8), range(per_cell))
     popularity = {f"{row}{column}{k:02}": rng.lognormvariate(0, 0.7) for row, column, k in cells}
@@ -480,8 +480,8 @@ def fetch(address, file):
         try:
             headers = {"User-Agent": "vlm2rec", "Range": f"bytes={start}-"}
             request = urllib.request.Request(address, headers=headers)
-            fetcher = urllib.request.build_opener(NoRedirects)
-            with fetcher.open(request, timeout=TIMEOUT) as response:
+            opener = urllib.request.build_opener(NoRedirects)
+            with opener.open(request, timeout=TIMEOUT) as response:
                 if response.status != 206:  # it does not send only what we lack
                     response.read(start)
                 shutil.copyfileobj(response, file)
@@ -534,24 +534,24 @@ def fetch_pictures(addresses, folder):
         with whole_file(path) as partial:
             partial.write_bytes(content.getvalue())
         return ""
-    reasons, tally = {}, Counter()
+    reasons = {}
+    tally = Counter()
     for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures")):
         reasons[item] = reason
         tally[reason[:9]] += 1
         failed = len(reasons) - tally[""]
-        if failed > max(25, len(reasons) / 2) or tally["no answer"] > max(5, len(addresses) / 100):
+        if failed > max(25, len(reasons) / 2) or tally["no answer"] > len(addresses) / 100:
             raise InputError(f"{failed} pictures failed ({reason}); check the network, run again")
     return reasons
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Write the 5-core of what has a title and a picture; a run that was killed is gone on with."""
     category, *published = AMAZON[domain]
-    base = mirror.rstrip("/")
-    rows = read_archive(archives / f"reviews_{category}_5.json.gz", base or ARCHIVES, json.loads)
+    base = mirror.rstrip("/") or ARCHIVES
+    rows = read_archive(archives / f"reviews_{category}_5.json.gz", base, json.loads)
     reviews = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in rows]
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    rows = read_archive(archives / f"meta_{category}.json.gz", base or ARCHIVES, ast.literal_eval)
-    for row in rows:
+    for row in read_archive(archives / f"meta_{category}.json.gz", base, ast.literal_eval):
         title = " ".join(html.unescape(row.get("title") or "").split())
         title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if row["asin"] in about:
@@ -565,15 +565,14 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     addresses = {}
     for item in sorted({item for _, item, _ in shown}):
         path = re.sub("^https?://[^/]*|[?#].*", "", about[item][1])
-        addresses[item] = (base or PICTURES) + urllib.parse.quote(path, safe="/%+,")
+        addresses[item] = (mirror.rstrip("/") or PICTURES) + urllib.parse.quote(path, safe="/%+,")
     reasons |= fetch_pictures(addresses, folder / "images")
     final = core([row for row in shown if not reasons[row[1]]])
     lost = [[item, reason, about[item][1]] for item, reason in reasons.items() if reason]
     items = [[item, about[item][0], f"images/{item}.jpg"]
              for item in sorted({item for _, item, _ in final})]
     counts = [len({user for user, _, _ in reviews}), len(about), len(reviews)]
-    print(f"{domain}: users, items, events {counts}, published {published}; items lost: "
-          f"{dict(Counter(reason for _, reason, _ in lost))}")
+    print(f"{domain}: users, items, events {counts}, published {published}, {len(lost)} items lost")
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], lost)
     write_csv(folder / "interactions.csv", EVENTS, final)
     write_csv(folder / "items.csv", ITEMS, items)  # last: where it is, the domain is whole
@@ -588,13 +587,13 @@ def main() -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
     try:
         print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
-        return 0
     except (InputError, OSError) as error:
-        message = f"error: {error}"
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from here"
-    print(message, file=sys.stderr)
-    return 2
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

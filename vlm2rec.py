@@ -1073,7 +1073,7 @@ def check(config):
     least = {"epochs": 1, "batch": 2, "history": 1, "tau": 1e-6, "tau_crtr": 1e-6, "log_every": 1,
              "save_every": 1}
     for name, value in asdict(config).items():
-        if not isinstance(value, str) and not least.get(name, 0) <= value < math.inf:
+        if not isinstance(value, str) and not least.get(name, 0) <= value < 2**31:
             raise InputError(f"--{name.replace('_', '-')} {value}: take a larger one")
 
 def main(argv=None):
