@@ -1029,9 +1029,9 @@ def recommend(run, history):
     before = read_json(run.folder / "config.json")
     ids = run.domain.item_ids
     unknown = [item for item in history if item not in ids]
-    if unknown or before["data"] != run.domain.digest:
-        raise InputError(f"--recommend, the last flag: {run.domain.name} has changed since that "
-                         f"run, or has no item {' '.join(unknown)}")
+    if unknown or before["data"] != run.domain.digest or not run.method.modalities:
+        raise InputError(f"--recommend, the last flag: {run.domain.name} has changed since, has no "
+                         f"item {' '.join(unknown)}, or {run.config.method} no encoder")
     known = {name: before[name] for name in asdict(run.config) if name in before}
     known["adapter"] = str(run.folder / "adapter") if (run.folder / "adapter").exists() else ""
     run = run._replace(config=replace(run.config, **known))
@@ -1074,7 +1074,7 @@ def check(config):
              "save_every": 1}
     for name, value in asdict(config).items():
         if not isinstance(value, str) and not least.get(name, 0) <= value < 2**31:
-            raise InputError(f"--{name.replace('_', '-')} {value}: take a larger one")
+            raise InputError(f"--{name.replace('_', '-')} {value}: it is out of range")
 
 def main(argv=None):
     """The exit code: 0, or 2 after one line on what the user can mend."""
