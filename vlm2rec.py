@@ -753,17 +753,15 @@ def write_results(run, test, ranks, scores, collapse):
     scores["test"] = hits_and_ndcg(ranks[0])
     scores["test_full"] = hits_and_ndcg(ranks[1])
     parts = {"test_untied": ~torch.tensor(domain.tied)}
+    often = seen[test.targets]
     for low, high in ((0, 4), (5, 9), (10, 19), (20, len(domain.user_ids))):  # Fig. 3
-        often = seen[test.targets]
         parts[f"target seen {low} to {high} times"] = (low <= often) & (often <= high)
     for name, users in parts.items():
         scores[name] = hits_and_ndcg(ranks[0][users]) if users.any() else None
     data.write_text(run.folder / "metrics.json", json.dumps(scores | collapse, indent=1))
     word = "above" if scores["test"]["N@10"] > scores["popularity"]["N@10"] else "NOT above"
     text = f"The test's N@10 is {word} popularity's.\n\n{table(run.folder.name, scores)}"
-    for name, rows in collapse.items():
-        text += "\n" + table(name, rows)
-    return text
+    return text + "".join("\n" + table(name, rows) for name, rows in collapse.items())
 
 def make_model(run):
     """VLM2Rec and its LoRA, or another model with terms(), embed() and score; and None."""
@@ -822,10 +820,12 @@ def execute(run):
             data.write_csv(folder / "dropped.csv", header, run.domain.dropped_items)
             data.write_text(folder / "table.md", run_method(run))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        data.write_text(folder.parent / "table.md", comparison(folder.parent, run.settings))
+    text = comparison(folder.parent, run.settings)
+    if not finished:
+        data.write_text(folder.parent / "table.md", text)
     when = time.ctime((folder / "table.md").stat().st_mtime)
     print(f"\n{folder} is finished since {when}\n\n{(folder / 'table.md').read_text('utf-8')}")
-    print(comparison(folder.parent, run.settings))
+    print(text)
 
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
