@@ -540,7 +540,8 @@ def fetch_pictures(addresses, folder):
         reasons[item] = reason
         tally[reason[:9]] += 1
         failed = len(reasons) - tally[""]
-        if failed > max(25, len(reasons) / 2) or tally["no answer"] > len(addresses) / 100:
+        silent = tally["no answer"] > max(5, len(addresses) / 100)
+        if silent or failed > max(25, len(reasons) / 2):
             raise InputError(f"{failed} pictures failed ({reason}); check the network, run again")
     return reasons
 

@@ -610,6 +610,18 @@ def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(kind, vectors)
     states, _ = model(torch.tensor([[3, 3, 5], [3, 3, 9]]))
     torch.testing.assert_close(states[0, :2], states[1, :2])  # which see nothing that comes later
     assert (states[0, 0] - states[0, 1]).abs().max() > 1e-3  # but where they are
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Dropout):
+            layer.p = 0.0
+        elif isinstance(layer, torch.nn.MultiheadAttention):
+            layer.dropout = 0.0
+    losses = []  # of each item that follows another, padding nowhere
+    for rows in ([3, 5, 7], [9, 2], [0, 4, 0, 8]):
+        states, items = model(torch.tensor([rows[:-1]]))
+        scores = (states[0] @ items.T).log_softmax(dim=1)
+        losses += [-scores[place, item] for place, item in enumerate(rows[1:])]
+    batch = [([3, 5], 7, []), ([9], 2, []), ([0, 4, 0], 8, [])]
+    torch.testing.assert_close(model.terms(batch)["loss"], torch.stack(losses).mean())
 
 def test_mean_pool_is_the_mean_of_a_historys_vectors():
     z, _ = vlm2rec.MeanPool(torch.eye(2)).embed([[0, 1], [1]])
@@ -1133,6 +1145,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys):
         at(0): [answer(404)], at(1): [answer(500)], at(2): [answer(429)],
         at(3): [lambda handler: time.sleep(1)] * 4, at(4): [answer(200, good, cut=100)],
         at(5): [answer(200, b"<html>")], at(6): [answer(200, plain("P", (1, 1), "GIF"))],
+        at(7): [answer(503)] * 4, at(10): [answer(503)] * 4,
         at(9): [answer(302, Location=shop.url + at(8))],
         at(12): [answer(200, good, cut=100), answer(200, good, whole=True)],
         shop.archives[0]: [answer(200, shop.files[shop.archives[0]], cut=1000)]}
@@ -1145,7 +1158,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys):
     bad = "not a picture, or too large, small or thin"
     bare = "no title, no picture or an odd id"
     dropped = {0: "HTTP 404", 3: "no answer: TimeoutError timed out", 5: bad, 6: bad,
-               9: "HTTP 302"} | dict.fromkeys(range(15, 19), bare)
+               7: "no answer: HTTP 503", 9: "HTTP 302", 10: "no answer: HTTP 503"} | dict.fromkeys(range(15, 19), bare)
     listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
     assert listed.pop("../../odd") == bare  # it would be a file's name
     assert listed == {shop.items[k]: reason for k, reason in dropped.items()}
@@ -1158,7 +1171,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys):
         assert (tmp_path / f"toys/images/{shop.items[k]}.jpg").read_bytes() == good
     buyers = {row[0] for row in rows_of(tmp_path / "toys", EVENTS)}
     assert len(buyers) == 70 and "five" not in buyers  # without B00000 that one has four
-    said = "[71, 141, 854], published [19412, 11924, 167597], 10 items lost"
+    said = "[71, 141, 854], published [19412, 11924, 167597], 12 items lost"
     assert said in capsys.readouterr().out
 
 def test_what_is_there_is_not_fetched_again(shop, tmp_path, monkeypatch):
@@ -1210,9 +1223,9 @@ def test_without_a_network_one_line_says_where_to_put_what(tmp_path, monkeypatch
                            f".*{tmp_path / 'amazon2014'}.*python data.py DOMAIN --mirror URL"):
             data.prepare_domain("beauty", tmp_path, mirror)
 
-@pytest.mark.parametrize("number, count", [(403, 140), (503, 14)])
+@pytest.mark.parametrize("number, count", [(403, 140), (503, 6)])
 def test_an_outage_does_not_shrink_the_domain_for_good(shop, tmp_path, number, count):
-    """It is one when most pictures fail or over 1 % give no answer; else a link is dead."""
+    """It is one when most fail, or over 1 % and five give no answer; else a link is dead."""
     shop.faults = {path: [answer(number)] * 4 for path in list(shop.files)[:count]}
     with pytest.raises(data.InputError, match="check the network, run again"):
         shop.prepare(tmp_path)

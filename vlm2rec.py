@@ -33,7 +33,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import gc
 import hashlib
 import inspect
 import io
@@ -970,11 +969,13 @@ class SequenceRecommender(nn.Module):
     def terms(self, batch):
         """Cross-entropy over the catalogue after every item of the B histories."""
         self.train()
+        device = self.table.device
         rows = pad([[*history, target] for history, target, _ in batch], -1)  # (B, 1 + L)
-        rows = rows.to(self.table.device)
-        states, items = self(rows[:, :-1].clamp(min=0))
-        logits = (states @ items.T).transpose(1, 2)  # (B, N, L)
-        return {"loss": nn.functional.cross_entropy(logits, rows[:, 1:], ignore_index=-1)}
+        following = rows[:, 1:].flatten()
+        places = (following >= 0).nonzero().squeeze(1)  # all but padding; the GPU need not wait
+        states, items = self(rows[:, :-1].clamp(min=0).to(device))
+        logits = states.flatten(0, 1)[places.to(device)] @ items.T  # (places, N)
+        return {"loss": nn.functional.cross_entropy(logits, following[places].to(device))}
 
     @torch.no_grad()
     def embed(self, histories):
@@ -1093,7 +1094,6 @@ def main(argv=None):
                 recommend(run, history)
             else:
                 execute(run)
-            gc.collect()  # nothing of its model stays alive: hooks refer in circles
         return 0
     except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
         message = str(error)
