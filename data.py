@@ -40,7 +40,7 @@ CORE = 5                 # the least interactions of a user and of an item (Sect
 NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
 VALIDATION_USERS = 2000  # at most so many are scored after each epoch; the paper does not say
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
-MAX_RATIO = 20           # nor one so many times longer than wide: made small, it would vanish
+MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
 ITEMS = ("item_id", "title", "image")
 EVENTS = ("user_id", "item_id", "timestamp")
@@ -70,6 +70,8 @@ def read_file(path: Path) -> bytes | None:
             return None
         content = path.read_bytes()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # a picture's bytes, not its path
+            return None
         raise InputError(f"{str(path)[:200]} cannot be read: {error.strerror}") from None
     if content.startswith((b"version https://git-lfs", b"/annex/objects/")):
         raise InputError(f"{path} is only a pointer; run: git lfs pull, or git annex get")
@@ -211,22 +213,19 @@ def read_domain(folder: str | Path) -> Domain:
     first = {row[:2]: row for row in reversed(shown)}  # the earliest, as it is put in last
     dense = core([row for row in shown if first[row[:2]] is row])
     kept = core(dense, room=NEGATIVES)
-    crowded = sorted({user for user, _, _ in dense} - {user for user, _, _ in kept})
+    most = len({item for _, item, _ in dense}) - NEGATIVES
+    crowded = sorted(user for user, n in Counter(row[0] for row in dense).items() if n > most)
     dropped = {"items without a title": untitled,
                "items without a decodable picture": len(lost) - untitled,
                "interactions with such items": len(rows) - len(shown),
                "repeated interactions": len(shown) - len(first),
                f"users with too many items for {NEGATIVES} negatives {crowded[:3]}": len(crowded),
-               "interactions outside the 5-core": len(first) - len(kept)}
+               "interactions outside the 5-core, or of such users": len(first) - len(kept)}
     if not kept:
         gone = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
         raise InputError(f"{folder}: nothing is left: a user needs {CORE} items and {NEGATIVES} "
                          f"others, an item {CORE} users; dropped: {gone} {lost[:3]}")
     return index_domain(folder, items, checks, kept, dropped, lost)
-
-def name_of(folder: str | Path) -> str:
-    """The domain's name: the one by which its folder was given, not that of a link's target."""
-    return Path(os.path.abspath(folder)).name
 
 def index_domain(folder, items, checks, rows, *lost):
     """Number what the reader kept."""
@@ -243,7 +242,7 @@ def index_domain(folder, items, checks, rows, *lost):
     shown = [checks[item][0] for item in item_ids]
     content = json.dumps([item_ids, titles, shown, list(users), sequences, tied])
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-    name = name_of(folder)
+    name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
     return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, *lost, digest)
 
 def describe(domain: Domain) -> str:
@@ -341,7 +340,7 @@ def prepare(last, folder, write, *arguments):
         raise InputError(f"cannot write {folder} ({error}); give another --data-dir or --out")
 
 def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
-    """`check_domain`; what is missing and KNOWN is made."""
+    """The folder of a domain, which is made first if it is missing and KNOWN."""
     folder = check_domain(domain, data_dir)
     last = folder / "items.csv"
     if domain == "sample":
@@ -422,7 +421,7 @@ def draw_item(rng, shape, hue):
     return picture
 
 def write_tiny_model(folder: Path) -> None:
-    """Write a Qwen2.5-VL of 250,000 random parameters, to which each of our words is a token."""
+    """Write a Qwen2.5-VL of 277,000 random parameters, to which each of our words is a token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
@@ -579,9 +578,9 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     write_csv(folder / "items.csv", ITEMS, items)  # last: where it is, the domain is whole
 
 def main() -> int:
-    """Prepare a domain without training: `python data.py toys`."""
+    """Prepare or check a domain without training: `python data.py ./my-shop`."""
     parser = argparse.ArgumentParser(description="Download, filter and write a domain.")
-    parser.add_argument("domain", choices=KNOWN)
+    parser.add_argument("domain", help="a folder, or " + ", ".join(KNOWN))
     parser.add_argument("--data-dir", default="domains", type=os.path.expanduser)
     parser.add_argument("--mirror", default="", help="address of archives and pictures")
     args = parser.parse_args()

@@ -740,6 +740,11 @@ def test_one_customer_with_nearly_everything_is_left_out_by_name(tmp_path):
     more = [["reseller", f"i{k}", k] for k in range(21)]
     domain = data.read_domain(write_domain(tmp_path / "d", None, events + more))
     assert "1 users with too many items for 100 negatives ['reseller']" in data.describe(domain)
+    items = [[f"i{k}", f"title {k}", "images/0.png"] for k in range(121)]
+    rare = [[user, "i120", 99] for user in ("u0", "u1", "u2", "aaron", "reseller")]
+    less = [["aaron", f"i{k}", k] for k in range(4)]  # he goes only because i120 goes with another
+    domain = data.read_domain(write_domain(tmp_path / "e", items, events + more + rare + less))
+    assert "aaron" not in domain.user_ids and "negatives ['reseller']" in data.describe(domain)
     events += more[:20]  # 20 of 120 leave 100
     domain = data.read_domain(write_domain(tmp_path / "d", None, events))
     assert domain.user_ids[-1] == "reseller"
@@ -887,13 +892,15 @@ def test_ids_titles_and_dropped_items_are_as_they_were_written(tmp_path):
     items = [[f"i{k}", f"title {k}", f"images/{k}.png"] for k in range(120)]
     items[0][1] = 'a "quoted", two-\nline  title'
     items[3][2] = "https://example.org/3.png"
+    items[4][2] = "data:image/png;base64," + "4" * 5000
     folder = write_domain(tmp_path / "shop", items)
     domain = data.read_domain(folder)
-    assert domain.item_ids[:2] == ["i0", "i1"] and domain.user_ids[:2] == ["u0", "u1"]
+    assert domain.item_ids[:4] == ["i0", "i1", "i2", "i5"] and domain.user_ids[:2] == ["u0", "u1"]
     assert domain.titles[0] == 'a "quoted", two- line title'
-    assert domain.dropped_items == [("i3", "no file", "https://example.org/3.png")]
+    assert domain.dropped_items[0] == ("i3", "no file", "https://example.org/3.png")
+    assert domain.dropped_items[1] == ("i4", "no file", items[4][2][:100])
     said = data.describe(domain)
-    assert "'i3': no file 'https://example.org/3.png'" in said and "shop: 60 users, 119" in said
+    assert "'i3': no file 'https://example.org/3.png'" in said and "shop: 60 users, 118" in said
     assert data.read_domain(folder).digest == domain.digest
     Image.new("RGB", (30, 30)).save(folder / "images" / "7.png")  # another picture: other data
     assert data.read_domain(folder).digest != domain.digest
@@ -902,7 +909,7 @@ def test_a_domain_has_the_name_by_which_it_was_given(good, tmp_path, monkeypatch
     (tmp_path / "mytoys").symlink_to(good)
     assert data.read_domain(tmp_path / "mytoys").name == "mytoys"
     monkeypatch.chdir(good / "images")
-    assert data.name_of("..") == "shop" and data.name_of(".") == "images"
+    assert data.read_domain("..").name == "shop"
 
 @pytest.mark.parametrize("name", ["3.png", EVENTS])
 def test_what_cannot_be_read_is_not_damaged_but_stops(good, monkeypatch, name):
@@ -1158,7 +1165,8 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys):
     bad = "not a picture, or too large, small or thin"
     bare = "no title, no picture or an odd id"
     dropped = {0: "HTTP 404", 3: "no answer: TimeoutError timed out", 5: bad, 6: bad,
-               7: "no answer: HTTP 503", 9: "HTTP 302", 10: "no answer: HTTP 503"} | dict.fromkeys(range(15, 19), bare)
+               7: "no answer: HTTP 503", 9: "HTTP 302", 10: "no answer: HTTP 503"}
+    dropped |= dict.fromkeys(range(15, 19), bare)
     listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
     assert listed.pop("../../odd") == bare  # it would be a file's name
     assert listed == {shop.items[k]: reason for k, reason in dropped.items()}
@@ -1319,7 +1327,7 @@ def test_a_run_writes_what_the_design_says(finished, few):
     shared = (finished.parent / "table.md").read_text()
     own = (finished / "table.md").read_text()
     assert "| vlm2rec | 1 | " in shared and "| queries | f2f" in own
-    cut = "a picture takes 4 tokens; 3 titles are cut at 64, to 2 different ones"
+    cut = "a picture takes 4 tokens; 3 titles reach 64, and are cut: 2 of these differ"
     assert all(text in (few / "printed").read_text() for text in (shared, own, cut))
 
 def test_the_metrics_are_those_of_the_exported_files(finished):
@@ -1349,7 +1357,7 @@ def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, 
     folder = finished / "adapter"
     card = (folder / "README.md").read_text().replace("the path of this folder", str(folder))
     code = [line.strip() for line in card.splitlines() if line.startswith("    ")]
-    assert 'revision="v2"' in code[0] and "--method vlm2rec, trained on few" in card
+    assert 'revision="v2"' in code[0] and "as --method vlm2rec on few" in card
     names = {"transformers": transformers, "peft": peft}
     exec("\n".join(code), names)
     base = few / "domains" / "tiny-qwen2.5-vl"
@@ -1623,6 +1631,7 @@ def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, caps
     best = enumerate(zip(*scores.topk(10)), 1)
     assert shown == [[str(rank), f"{score:.4f}", item_ids[item]] for rank, (score, item) in best]
     told(capsys, recommend("i1", "nosuch"), "--recommend", "has no item nosuch")
+    told(capsys, recommend(), "--recommend", "has no item ,")
 
 def test_a_run_without_an_encoder_recommends_nothing(few, tmp_path, capsys):
     flags = [*BRIEF, "--method", "sasrec", "--out", tmp_path]
@@ -1650,7 +1659,9 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize("flags, words", [
     *[(flags, flags) for flags in OUT_OF_RANGE],
-    ("--batch 34", "--batch 34 is more than there are users"), ("--train-users 7", "--batch 8 is"),
+    ("--batch 34", "take --batch <= --train-users <= 33, all"), ("--train-users 7", "take --batch"),
+    ("--train-users 34", "--train-users <= 33"), ("--recommend", "config.json is missing"),
+    ("--method sasrec --adapter a", "sasrec does not read a"), ("--embeddings v", "not read v"),
     ("--domain nowhere", "nowhere/items.csv is missing"), ("--device cuda", "--device cpu can"),
     ("--domain ./nowhere", "nowhere/items.csv is missing"), ("--adapter nowhere", "nowhere"),
     ("--embeddings no.npy --method mean-pool", "no.npy"), ("--method mean-pool", "--embeddings"),
@@ -1735,9 +1746,11 @@ def test_output_can_be_followed_in_any_terminal_or_none(finished, few, monkeypat
 
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/me")
-    flags = ["domain", "model", "adapter", "embeddings", "data-dir", "out"]
-    [config], _ = vlm2rec.parse_config([f"--{flag}=~/{flag}" for flag in flags])
-    assert all(getattr(config, flag.replace("-", "_")) == f"/me/{flag}" for flag in flags)
+    for vectors, method in (("adapter", "sft"), ("embeddings", "mean-pool")):
+        flags = ["domain", "model", vectors, "data-dir", "out"]
+        given = [f"--{flag}=~/{flag}" for flag in flags]
+        [config], _ = vlm2rec.parse_config(["--method", method, *given])
+        assert all(getattr(config, flag.replace("-", "_")) == f"/me/{flag}" for flag in flags)
 
 def test_help_names_every_flag_and_no_other_one_is_taken(few, capsys):
     with pytest.raises(SystemExit, match="0"):
@@ -1764,15 +1777,14 @@ README = Path(__file__).with_name("README.md").read_text("utf-8")
 
 def test_the_readmes_examples_run(finished, few, tmp_path, monkeypatch, capsys):
     """Its catalogue is a domain; its lines rank the catalogue for a new history."""
-    shop, adapter = re.findall(r"```python\n(.*?)```", README, re.S)
+    adapter, shop = re.findall(r"```python\n(.*?)```", README, re.S)
     monkeypatch.chdir(tmp_path)
     exec(shop, {})
     assert len(data.read_domain("my-shop").user_ids) == 300
-    folder = finished
     paths = {"domain": "few", "data_dir": str(few / "domains"), "out": str(few / "runs"),
-             "model": "tiny", "history": 6, "adapter": str(folder / "adapter")}
+             "model": "tiny", "history": 6, "adapter": str(finished / "adapter")}
     adapter = adapter.replace('adapter="runs/sample/vlm2rec-seed0/adapter"', "**paths")
-    exec(adapter.replace("runs/sample/vlm2rec-seed0", str(folder)), {"paths": paths})
+    exec(adapter.replace("runs/sample/vlm2rec-seed0", str(finished)), {"paths": paths})
     titles = vlm2rec.open_run(vlm2rec.Config(**paths)).domain.titles
     best = capsys.readouterr().out.splitlines()[-5:]
     assert len(set(best)) == 5 and set(best) < set(titles) - {titles[item] for item in (5, 17, 42)}
