@@ -6,7 +6,7 @@ token's state is the embedding, and the two modalities are added. Fine-tuning th
 alone lets one modality collapse. VLM2Rec weighs a user's negatives more, the further one modality
 lags behind, and keeps both modalities' neighbourhoods alike.
 
-    python vlm2rec.py --domain sample    # CPU, no download, about a minute
+    python vlm2rec.py --domain sample    # CPU, no download, 1 to 3 minutes
     python vlm2rec.py --domain toys      # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
 
 Protocol, leave-one-out (data.py):
