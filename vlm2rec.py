@@ -376,7 +376,7 @@ def evaluate(z, e, split, score=cosine):
 # ---- Training (Sections 4.2.3, 5.1.1) ----
 
 def training_batches(domain, size, epochs, config):
-    """(step, epoch, batch) in order, without an epoch's last, incomplete batch. A batch is B of
+    """(step, epoch, batch) in order, without an epoch's incomplete batch. A batch is B of
     (history, target, all items before that), one of each user or of --train-users."""
     users = domain.sequences
     if config.train_users:
@@ -542,7 +542,7 @@ def picture_inputs(vlm, features, ids):
 
 @contextlib.contextmanager
 def readable(what):
-    """Whatever the block raises about a file of the user's becomes an InputError: what, why."""
+    """Whatever the block raises about a file becomes an InputError: what, why."""
     try:
         yield
     except (InputError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -756,11 +756,11 @@ def write_results(run, test, ranks, scores, collapse):
     data.write_csv(run.folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
     before = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
     seen = before.bincount(minlength=len(domain.item_ids))  # by how many users, before validation
-    scores["popularity"] = hits_and_ndcg(target_rank(seen[test.targets], seen[test.negatives]))
+    often = seen[test.targets]
+    scores["popularity"] = hits_and_ndcg(target_rank(often, seen[test.negatives]))
     scores["test"] = hits_and_ndcg(ranks[0])
     scores["test_full"] = hits_and_ndcg(ranks[1])
     parts = {"test_untied": ~torch.tensor(domain.tied)}
-    often = seen[test.targets]
     for low, high in ((0, 4), (5, 9), (10, 19), (20, len(domain.user_ids))):  # Fig. 3
         parts[f"target seen {low} to {high} times"] = (low <= often) & (often <= high)
     for name, users in parts.items():
@@ -815,23 +815,23 @@ def execute(run):
     """Begin, go on, or show what is finished; InputError if the folder holds another run."""
     folder = run.folder
     tables = folder / "table.md"
-    finished = tables.exists()
-    if finished or (folder / "checkpoint.pt").exists():
+    if tables.exists() or (folder / "checkpoint.pt").exists():
         other = differences(read_json(folder / "config.json"), run.settings)
         if other:
             raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
-    if not finished:
-        folder.resolve().mkdir(parents=True, exist_ok=True)  # even where a link leads to nothing
+    if not tables.exists():
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # even if a link leads nowhere
         with data.lock(folder):
             data.write_text(folder / "config.json", json.dumps(run.settings, indent=1))
             header = ["item_id", "reason", "detail"]
             data.write_csv(folder / "dropped.csv", header, run.domain.dropped_items)
             data.write_text(tables, run_method(run))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-    text = comparison(folder.parent, run.settings)
-    if not finished:
         with data.lock(folder.parent / "table.md", wait=True):
+            text = comparison(folder.parent, run.settings)
             data.write_text(folder.parent / "table.md", text)
+    else:
+        text = comparison(folder.parent, run.settings)
     when = time.ctime(tables.stat().st_mtime)
     print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}\n{text}")
 
@@ -980,10 +980,11 @@ class SequenceRecommender(nn.Module):
         self.train()
         rows = pad([[*history, target] for history, target, _ in batch], -1)  # (B, 1 + L)
         following = rows[:, 1:].flatten()
-        places = (following >= 0).nonzero().squeeze(1)  # all but padding; no GPU waits
-        states, items = self(rows[:, :-1].clamp(min=0).to(self.table.device))
-        logits = states.flatten(0, 1)[places.to(states.device)] @ items.T  # (places, N)
-        return {"loss": nn.functional.cross_entropy(logits, following[places].to(states.device))}
+        places = (following >= 0).nonzero()[:, 0]  # all but padding; no GPU waits
+        device = self.table.device
+        states, items = self(rows[:, :-1].clamp(min=0).to(device))
+        logits = states.flatten(0, 1)[places.to(device)] @ items.T  # (places, N)
+        return {"loss": nn.functional.cross_entropy(logits, following[places].to(device))}
 
     @torch.no_grad()
     def embed(self, histories):
