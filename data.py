@@ -227,7 +227,7 @@ def read_domain(folder: str | Path) -> Domain:
                          f"others, an item {CORE} users; dropped: {gone} {lost[:3]}")
     return index_domain(folder, items, checks, kept, dropped, lost)
 
-def index_domain(folder, items, checks, rows, *lost):
+def index_domain(folder, items, checks, rows, dropped, lost):
     """Number what the reader kept."""
     used = {item for _, item, _ in rows}
     item_ids = [item for item in items if item in used]
@@ -243,7 +243,8 @@ def index_domain(folder, items, checks, rows, *lost):
     content = json.dumps([item_ids, titles, shown, list(users), sequences, tied])
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
-    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, *lost, digest)
+    return Domain(
+        name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost, digest)
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""

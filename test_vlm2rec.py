@@ -1484,8 +1484,7 @@ SASREC = ["--domain", "few", "--method", "sasrec", "--batch", 4, "--train-users"
           "--log-every", 1, "--save-every", 1]
 
 @pytest.mark.parametrize("flags, moments", [
-    # in step 5, saved was 3; before the checkpoint of step 6, the adapter, ranks.csv and table.md
-    # take their places
+    # in step 5, saved was 3; before step 6's checkpoint, adapter, ranks.csv, table.md are there
     (BRIEF, [("vlm2rec", "log_step", 5), *[("os", "replace", n) for n in (3, 4, 8, 10)]]),
     (SASREC, [("vlm2rec", "validate", 4), ("os", "replace", 5), ("vlm2rec", "log_step", 9)])])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finished, few, tmp_path):
@@ -1493,7 +1492,8 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finis
     name = "few/sasrec-seed0" if "sasrec" in flags else "few/vlm2rec-seed0"
     folder = tmp_path / name
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"lr": 7}')  # of a run that came to nothing
+    for left in ("config.json", "log.jsonl"):  # of a run that came to nothing
+        (folder / left).write_text('{"lr": 7}\n')
     (folder / "notes.txt").write_text("mine")
     for moment in moments:
         assert process(few, *flags, "--out", tmp_path, kill=moment) == -signal.SIGKILL
@@ -1501,7 +1501,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finis
     assert process(few, *flags, "--out", tmp_path) == 0
     files = contents(few / "runs" / name) | {"notes.txt": b"mine"}
     files["log.jsonl"] = (folder / "log.jsonl").read_bytes()  # has times, and some lines twice
-    assert contents(folder) == files
+    assert contents(folder) == files and log_of(folder)[0]["step"] == 1
 
 def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint(few, tmp_path, capsys):
     flags = [*BRIEF, "--out", tmp_path]

@@ -219,7 +219,7 @@ def fuse(parts):
     """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
     return {**parts, "fused": sum(parts.values())}
 
-# ---- Losses (Sections 2.4, 4.2): all but `objective` need nothing but torch ----
+# ---- Losses (Sections 2.4, 4.2): all but the last two need nothing but torch ----
 # sim (B, B) is s(z_u, e_j) with the positives on its diagonal, mask (B, B) marks the negatives.
 
 def cosine(z, e):
@@ -267,7 +267,7 @@ def modality_gap(margin_text, margin_vision, stop_gradient=True):
     return strong - weak
 
 def penalty_weight(gap, alpha, beta):
-    """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,), with positive scalars."""
+    """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,); 1 + beta log 2 in balance."""
     return 1 + beta * torch.nn.functional.softplus(alpha * gap)
 
 def relational_topology(sim_text, sim_vision, tau):
@@ -360,16 +360,16 @@ def hits_and_ndcg(ranks):
         scores[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item()
     return scores
 
-def evaluate(z, e, split, score=cosine):
+def evaluate(z, e, cases, score=cosine):
     """Ranks (U,) of the targets among their 100 negatives, and (U,) among all items but the user's,
     by score(z, e) of z (U, D) and e (N, D)."""
     ranks, full = [], []
     for users in torch.arange(len(z)).split(1024):
         scores = score(z[users], e)  # (1024, N)
-        target = scores.gather(1, split.targets[users, None]).squeeze(1)
-        ranks.append(target_rank(target, scores.gather(1, split.negatives[users])))
+        target = scores.gather(1, cases.targets[users, None]).squeeze(1)
+        ranks.append(target_rank(target, scores.gather(1, cases.negatives[users])))
         for row, user in enumerate(users.tolist()):
-            scores[row, split.sequences[user]] = -torch.inf
+            scores[row, cases.sequences[user]] = -torch.inf
         full.append(target_rank(target, scores))
     return torch.cat(ranks), torch.cat(full)
 
@@ -441,6 +441,7 @@ def train(model, domain, valid, config, folder):
     optimizer = torch.optim.AdamW(model.groups, weight_decay=0.0, fused=True)
     progress = load_checkpoint(folder, model, optimizer)
     if not progress:
+        (folder / "log.jsonl").unlink(missing_ok=True)  # an earlier try's
         scores = validate(model, valid)
         progress = {"step": 0, "seconds": 0.0, "untrained": scores, "valid": scores, "best": 0,
                     "kept": copy.deepcopy(model.state_dict())}
@@ -552,6 +553,7 @@ def readable(what):
 
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor); bfloat16 on CUDA, float32 on a CPU."""
+    print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
@@ -577,7 +579,7 @@ def encode_pictures(vlm, processor, image_size, paths, batch=32):
     """The frozen vision tower's features of N pictures: (N, levels, P, D), on the CPU. Qwen's take
     any size; for the others, the processor scales to the tower's own."""
     vision = vlm.config.vision_config
-    side = vision.patch_size * getattr(vision, "spatial_merge_size", 0)  # of a token; others: 0
+    side = vision.patch_size * getattr(vision, "spatial_merge_size", 0)  # of a token; others none
     if side and image_size % side:
         raise InputError(f"--image-size {image_size}: take a multiple of {side}")
     known = inspect.signature(vlm.get_image_features).parameters
@@ -621,9 +623,9 @@ def add_lora(vlm, config):
         if config.adapter:
             settings = peft.LoraConfig.from_pretrained(config.adapter)
         lora = peft.get_peft_model(vlm, settings)
-        if METHODS[config.method].sda and settings.r % EXPERTS:
-            raise ValueError(f"sda needs a rank in multiples of {EXPERTS}")
         if METHODS[config.method].sda:
+            if settings.r % EXPERTS:
+                raise ValueError(f"sda needs a rank in multiples of {EXPERTS}")
             add_gates(vlm)
         elif config.checkpointing == "on":
             vlm.get_decoder().activation_checkpointing_enable()
@@ -798,7 +800,6 @@ def run_method(run):
         scores = {"valid": validate(model, valid)}
     if lora:
         save_adapter(run, lora)
-    # Here, after training, the test split is touched for the first time.
     test = make_evaluation(domain, "test", config.history, config.seed)
     z, e = model.embed(test.histories)
     for name, tensors, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
@@ -820,7 +821,7 @@ def execute(run):
         if other:
             raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
     if not tables.exists():
-        folder.resolve().mkdir(parents=True, exist_ok=True)  # even if a link leads nowhere
+        folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead nowhere
         with data.lock(folder):
             data.write_text(folder / "config.json", json.dumps(run.settings, indent=1))
             header = ["item_id", "reason", "detail"]
@@ -980,7 +981,7 @@ class SequenceRecommender(nn.Module):
         self.train()
         rows = pad([[*history, target] for history, target, _ in batch], -1)  # (B, 1 + L)
         following = rows[:, 1:].flatten()
-        places = (following >= 0).nonzero()[:, 0]  # all but padding; no GPU waits
+        places = (following >= 0).nonzero()[:, 0]  # no padding; no wait
         device = self.table.device
         states, items = self(rows[:, :-1].clamp(min=0).to(device))
         logits = states.flatten(0, 1)[places.to(device)] @ items.T  # (places, N)
