@@ -981,7 +981,7 @@ class SequenceRecommender(nn.Module):
         self.train()
         rows = pad([[*history, target] for history, target, _ in batch], -1)  # (B, 1 + L)
         following = rows[:, 1:].flatten()
-        places = (following >= 0).nonzero()[:, 0]  # no padding; no wait
+        places = (following >= 0).nonzero()[:, 0]  # without padding
         device = self.table.device
         states, items = self(rows[:, :-1].clamp(min=0).to(device))
         logits = states.flatten(0, 1)[places.to(device)] @ items.T  # (places, N)
