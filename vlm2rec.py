@@ -6,14 +6,15 @@ token's state is the embedding, and the two modalities are added. Fine-tuning th
 alone lets one modality collapse. VLM2Rec weighs a user's negatives more, the further one modality
 lags behind, and keeps both modalities' neighbourhoods alike.
 
-    python vlm2rec.py --domain sample    # CPU, no download, 1 to 3 minutes
+    python vlm2rec.py --domain sample    # CPU, no download, about a minute
     python vlm2rec.py --domain toys      # the paper: Qwen2.5-VL-3B, LoRA, one CUDA GPU
 
-Protocol, leave-one-out (data.py):
+Task 1 ranks items by the cosine of their embeddings with a history's. In Task 2 the items'
+embeddings are the input of another recommender, SASRec or GRU4Rec. Protocol, leave-one-out:
     target      test: a user's last item; validation: the one before; training: the one before
                 that, and no other (Task 2: every item)
     history     the latest 10 items before the target
-    negatives   training: the batch's other targets, but for what the user has by then;
+    negatives   training: the batch's other targets, except what the user has by then;
                 evaluation: 100 items outside the user's sequence, drawn once per seed
 
 A training step makes four forward passes: histories and targets, each as text and as pictures.
@@ -26,7 +27,8 @@ Glossary, code -> paper:
     mask          N_u: which of the batch's targets are negatives for which user
     gap, weight   Delta_u,gap and w_u,pen
     tau           tau and tau_WPCL; tau_crtr: tau_CRTR; lam: lambda
-    B, U, N       users in a batch; users and items in a ranking
+    B, U, n       users in a batch, users in a ranking, histories in a call
+    N, C          items of the catalogue; candidates beside the target (H@k and N@k are metrics)
     L, P, D       tokens of a prompt; tokens of a picture; width of an embedding
 """
 import argparse
@@ -48,9 +50,9 @@ import time
 import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
-import mpmath
 import numpy
 import peft
 import safetensors
@@ -60,64 +62,75 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 import data
 from data import Domain, InputError
 
 PAPERS_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 TITLE_TOKENS = 64  # a longer title is cut; the paper does not say
+VALIDATION_USERS = 2000  # at most so many are scored after each epoch; the paper does not say
+PASS_TOKENS = {"cpu": 2048, "cuda": 8192}  # at most, with padding, in a pass while embedding
 bar = functools.partial(tqdm, leave=False, disable=None)  # none where stderr is a file
 
 # ---- Settings (Section 5.1.1) ----
 
 class Method(NamedTuple):
-    """What --method chooses: the method, its baselines (Table 2) and ablations (Table 5)."""
-    modalities: tuple = ("text", "vision")  # encoded one by one, then added; none: Task 2
-    contrast: str = "wpcl"                  # Eq. 10; or "infonce" (Eq. 3), or none
-    topology: bool = True                   # + lam * CRTR (Eq. 13)
-    stop_gradient: bool = True              # in Eq. 8
-    sda: bool = False                       # another system's answer: CMSA and MoDA
+    """What --method chooses; a row of METHODS says only what the method has."""
+    modalities: tuple = ()  # encoded one by one, then added; none: Task 2
     trains: bool = True
+    loss: dict = {}         # switches of `objective`; the paper's where none is given
+    more: tuple = ()        # terms of the loss that are not the paper's: MORE_TERMS
 
+BOTH = ("text", "vision")
+SFT = {"weighted": False, "topology": False}  # Eq. 3
 METHODS = {
-    "vlm2rec": Method(),
-    "sft": Method(contrast="infonce", topology=False),
-    "vanilla": Method(contrast="", topology=False, trains=False),
-    "text": Method(("text",), "infonce", topology=False),
-    "vision": Method(("vision",), "infonce", topology=False),
-    "internal": Method(("interleaved",), "infonce", topology=False),  # both in one prompt
-    "no-wpcl": Method(contrast=""),
-    "no-penalty": Method(contrast="infonce"),
-    "no-stopgrad": Method(stop_gradient=False),
-    "no-crtr": Method(topology=False),
-    "sda": Method(contrast="infonce", topology=False, sda=True),
-    "sasrec": Method(()), "gru4rec": Method(()),
-    "mean-pool": Method((), trains=False),
+    "vlm2rec": Method(BOTH),
+    "sft": Method(BOTH, loss=SFT),
+    "vanilla": Method(BOTH, trains=False),
+    "text": Method(("text",), loss=SFT),
+    "vision": Method(("vision",), loss=SFT),
+    "internal": Method(("interleaved",), loss=SFT),  # both in one prompt
+    "no-wpcl": Method(BOTH, loss={"contrast": False}),  # from here on, Table 5
+    "no-penalty": Method(BOTH, loss={"weighted": False}),
+    "no-stopgrad": Method(BOTH, loss={"stop_gradient": False}),
+    "no-crtr": Method(BOTH, loss={"topology": False}),
+    "sda": Method(BOTH, loss=SFT, more=("cmsa",)),  # another system's answer
+    "sasrec": Method(), "gru4rec": Method(),
+    "mean-pool": Method(trains=False),
 }
 
-def setting(default, help, **argument):
-    return field(default=default, metadata={"help": f"{help} ({default})", **argument})
+PATH = os.path.expanduser  # a shell leaves the tilde of --out=~/x
+
+def setting(default, help, type=None, **flag):
+    """A field of Config, and in its metadata what argparse's add_argument takes for its flag."""
+    flag |= {"help": f"{help} ({default})", "type": type or default.__class__}
+    return field(default=default, metadata=flag)
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the paper's unless the line says otherwise.
-    Raises InputError."""
-    domain: str = setting("sample", "a path or, under --data-dir, also " + ", ".join(data.KNOWN))
+    """Every setting of a run. The defaults are the paper's unless the line says otherwise; None
+    is resolved below, as it depends on others. Raises InputError."""
+    domain: str = setting("sample", "a path or, under --data-dir, also " + ", ".join(data.KNOWN),
+                          type=PATH)
     method: str = setting("vlm2rec", ", ".join(METHODS), nargs="+", choices=METHODS, metavar="NAME")
-    model: str = setting("", f"hub name or folder; else tiny for the sample, or {PAPERS_MODEL}")
+    model: str | None = setting(None, f"hub name or folder; sample: tiny; else {PAPERS_MODEL}",
+                              type=PATH)
     revision: str = setting("main", "branch, tag or commit of a model on the hub")
-    adapter: str = setting("", "folder of an adapter to evaluate instead of training (Table 6)")
-    embeddings: str = setting("", "vectors in place of item ids: .safetensors, .npy", nargs="+")
+    adapter: str = setting("", "folder of an adapter to evaluate instead of training (Table 6)",
+                           type=PATH)
+    embeddings: str = setting("", "vectors in place of item ids: .safetensors, .npy", nargs="+",
+                              type=PATH)
     seed: int = setting(0, "of LoRA, dropout, the users' order, the negatives")
     device: str = setting("auto", "auto: CUDA if it is there", choices=["auto", "cuda", "cpu"])
-    data_dir: str = setting("domains", "where the domains lie")
-    out: str = setting("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
+    data_dir: str = setting("domains", "where the domains lie", type=PATH)
+    out: str = setting("runs", "results go to OUT/DOMAIN/METHOD-seedSEED", type=PATH)
     epochs: int = setting(3, "the best on validation is kept")
     batch: int = setting(8, "users in a step (B)")
     history: int = setting(10, "latest items of a user in the prompt")
-    image_size: int = setting(0, "side of a picture in pixels; 0: 168, not the paper's; tiny: 56")
-    lr: float = setting(0.0, "AdamW's, constant, no decay; 0: 1e-5; tiny: 1e-3")
+    image_size: int | None = setting(None, "side of a picture in pixels; tiny: 56; else 168, ours",
+                                   type=int)
+    lr: float | None = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5",
+                              type=float)
     penalty_lr: float = setting(1e-5, "AdamW's for alpha and beta; 0: frozen")
     tau: float = setting(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = setting(1.0, "and of the topology loss; paper: .001, .01, .1 or 1")
@@ -125,41 +138,82 @@ class Config:
     lora_rank: int = setting(16, "rank of LoRA")
     lora_alpha: int = setting(32, "LoRA's update is multiplied by alpha / rank")
     lora_dropout: float = setting(0.2, "dropout in front of LoRA")
-    checkpointing: str = setting("on", "of activations; off: faster", choices=["on", "off"])
-    train_users: int = setting(0, "train on so many users (Table 7); 0: all")
+    checkpointing: str | None = setting(None, "of activations, for memory; tiny: off; else on",
+                                      type=str, choices=["on", "off"])
+    train_users: int | None = setting(None, "train on so many users (Table 7); else all", type=int)
     log_every: int = setting(50, "steps between two lines of the log")
     save_every: int = setting(200, "steps between two checkpoints")
 
     def __post_init__(self):
-        self.model = self.model or ("tiny" if self.domain == "sample" else PAPERS_MODEL)
-        tiny = self.model == "tiny"  # random weights need a larger rate, and no large picture
-        self.lr = self.lr or (1e-3 if tiny else 1e-5)
-        self.image_size = self.image_size or (56 if tiny else 168)
-        least = {"epochs": 1, "batch": 2, "history": 1, "tau": 1e-6, "tau_crtr": 1e-6,
-                 "log_every": 1, "save_every": 1}
-        for name, value in asdict(self).items():
-            if not isinstance(value, str) and not least.get(name, 0) <= value < 2**31:
-                raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
-        unread = self.embeddings if METHODS[self.method].modalities else self.adapter
-        if unread:
-            raise InputError(f"--method {self.method} does not read {unread}")
+        if self.model is None:
+            self.model = "tiny" if self.domain == "sample" else PAPERS_MODEL
+        tiny = self.model == "tiny"  # random weights need a larger rate, and no large pictures
+        depends = {"lr": 1e-3 if tiny else 1e-5, "image_size": 56 if tiny else 168,
+                   "checkpointing": "off" if tiny else "on"}
+        for name, value in depends.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        check_ranges(self)
 
 # ---- Prompts and encoder (Section 2.2) ----
+
+QWEN = ("<|vision_start|>", "<|vision_end|>")
+IDEFICS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+AROUND_A_PICTURE = {  # model family: what stands before and after a picture's tokens
+    "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "qwen3_5": QWEN, "smolvlm": IDEFICS,
+    "idefics3": IDEFICS, "internvl": ("<img>", "</img>"), "llava": ("", ""),
+    "llava_onevision": ("", ""),
+    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n"),
+}
+
+def pad(rows, value):
+    """(B, L) from B lists, padded on the right."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
+
+def passes_by_length(lengths, tokens):
+    """The indices of prompts, similar lengths together, in passes of at most so many tokens."""
+    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    passes = []
+    while rows:
+        size = max(1, tokens // lengths[rows[0]])  # the first is the longest
+        passes.append(rows[:size])
+        rows = rows[size:]
+    return passes
+
+def picture_inputs(vlm, features, ids):
+    """What a model takes in place of pixels: features (n, levels, P, D) of the n pictures in ids
+    (B, L), which transformers puts in the place of their tokens."""
+    device = vlm.get_decoder().device
+    first, *deep = features.to(device).unbind(dim=1)  # (n, P, D) each
+    if vlm.config.model_type not in ("internvl", "gemma3"):  # these take a tensor, not a tuple
+        first = first.unbind()
+    output = SimpleNamespace(
+        pooler_output=first, deepstack_features=[level.unbind() for level in deep])
+    inputs = {"mm_encoder_outputs": {"image": output}}
+    is_picture = (ids == vlm.config.image_token_id).int()  # (B, L)
+    if vlm.config.model_type == "gemma3":  # a picture's tokens see each other
+        inputs["token_type_ids"] = is_picture.to(device)
+    if hasattr(vlm, "get_rope_index"):  # Qwen's positions in time, height and width
+        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[2])
+        grid = torch.tensor([[1, side, side]] * len(features))  # in patches
+        positions, _ = vlm.get_rope_index(ids, is_picture, grid)  # (3, B, L), on the CPU
+        inputs["position_ids"] = positions.to(device)
+    return inputs
 
 class Encoder:
     """Phi of Eq. 1: histories in one modality in, the last tokens' states out.
     The prompts P_T and P_V are the titles or the pictures in order, a newline between two, and one
     closing token; an item is a history of one. The paper's template is missing from our text. The
-    vision tower is frozen, so its features of the items (N, levels, P, D) are computed once, and no
-    pass needs it; Qwen3-VL's DeepStack has several levels."""
+    vision tower and its projector are frozen, so their features of the items (N, levels, P, D) are
+    computed once, and no pass needs them; Qwen3-VL's DeepStack has several levels."""
 
     def __init__(self, vlm, tokenizer, titles, features):
         self.vlm = vlm
         self.features = features
         self.device = vlm.get_decoder().device
-        text = {"add_special_tokens": False, "split_special_tokens": True}  # "<|im_end|>" is text
-        self.titles = tokenizer(titles, truncation=True, max_length=TITLE_TOKENS, **text).input_ids
-        self.newline = tokenizer("\n", **text).input_ids
+        plain = {"add_special_tokens": False, "split_special_tokens": True}  # "<|im_end|>" is text
+        self.titles = tokenizer(titles, truncation=True, max_length=TITLE_TOKENS, **plain).input_ids
+        self.newline = tokenizer("\n", **plain).input_ids
         marks = list(AROUND_A_PICTURE[vlm.config.model_type])
         before, after = tokenizer(marks, add_special_tokens=False).input_ids
         self.picture = before + [vlm.config.image_token_id] * features.shape[2] + after
@@ -185,10 +239,6 @@ class Encoder:
         prompts = [self.prompt(history, modality) for history in histories]
         last = torch.tensor([len(prompt) - 1 for prompt in prompts])  # (B,)
         ids = pad(prompts, 0)  # (B, L)
-        context = self.vlm.config.get_text_config().max_position_embeddings
-        if ids.shape[1] > context:
-            raise InputError(f"a prompt has {ids.shape[1]} tokens, the model holds {context}: "
-                             "shorten --history, or --image-size")
         pictures = {}
         if modality != "text":
             items = [item for history in histories for item in history]
@@ -205,10 +255,11 @@ class Encoder:
         parts = {}
         for modality in modalities:
             lengths = [len(self.prompt(history, modality)) for history in histories]
-            states = {}
-            for rows in bar(passes_by_length(lengths), f"embed {modality}"):
-                states |= zip(rows, self([histories[row] for row in rows], modality))
-            parts[modality] = torch.stack([states[row] for row in range(len(histories))]).cpu()
+            passes = passes_by_length(lengths, PASS_TOKENS[self.device.type])
+            states = [self([histories[row] for row in rows], modality)
+                      for rows in bar(passes, f"embed {modality}")]
+            order = torch.tensor([row for rows in passes for row in rows])
+            parts[modality] = torch.cat(states).cpu()[order.argsort()]  # (n, D)
         return fuse(parts)
 
 def last_token(states, last):
@@ -219,7 +270,7 @@ def fuse(parts):
     """z = z_T + z_V (Eq. 2), or the one modality there is, as "fused"."""
     return {**parts, "fused": sum(parts.values())}
 
-# ---- Losses (Sections 2.4, 4.2): all but the last two need nothing but torch ----
+# ---- Losses (Sections 2.4, 4.2): pure functions of tensors, which need nothing but torch ----
 # sim (B, B) is s(z_u, e_j) with the positives on its diagonal, mask (B, B) marks the negatives.
 
 def cosine(z, e):
@@ -237,14 +288,14 @@ def negative_mask(targets, earlier):
         mask[user] &= ~torch.isin(targets, torch.tensor(items, dtype=targets.dtype))
     return mask
 
-def info_nce(sim, mask, weight, tau):
+def weighted_info_nce(sim, mask, weight, tau):
     """L_WPCL (Eq. 10) or, with weights (B,) of 1, L_SFT (Eq. 3): the mean over the batch of
 
         -log( exp(s+ / tau) / (exp(s+ / tau) + w * sum over negatives of exp(s- / tau)) )
 
     which is a cross-entropy, since w * exp(x) = exp(x + log w). A user without a negative adds 0.
     """
-    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)
+    positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)  # (B, B)
     logits = sim / tau
     logits = torch.where(positive, logits, logits + weight.log()[:, None])
     logits = logits.masked_fill(~mask & ~positive, -torch.inf)
@@ -252,7 +303,7 @@ def info_nce(sim, mask, weight, tau):
 
 def discriminative_margin(sim, mask):
     """M_u,m (Eq. 6): the target's similarity above the negatives' mean: (B,); 0 without any."""
-    count = mask.sum(dim=1)
+    count = mask.sum(dim=1)  # (B,)
     mean = (sim * mask).sum(dim=1) / count.clamp(min=1)
     return torch.where(count > 0, sim.diagonal() - mean, 0.0)
 
@@ -270,17 +321,40 @@ def penalty_weight(gap, alpha, beta):
     """w_u,pen = 1 + beta * softplus(alpha * gap) (Eq. 9): (B,); 1 + beta log 2 in balance."""
     return 1 + beta * torch.nn.functional.softplus(alpha * gap)
 
+def kl_divergence(log_p, log_q):
+    """KL(P || Q) of rows of log-probabilities (B, C), the mean over the B rows."""
+    return ((log_p - log_q) * log_p.exp()).sum() / len(log_p)
+
 def relational_topology(sim_text, sim_vision, tau):
     """L_CRTR (Eqs. 11-13): the mean over the batch of (KL(P_T || P_V) + KL(P_V || P_T)) / 2.
     P_m is the softmax of a user's row of sim_m / tau: how the user ranks all of the batch's targets
     within one modality. It does not ask that a title lie near its picture: the spaces may stay
     apart, only their neighbourhoods agree. Two constant spaces agree too: README, "shortcut"."""
-    log_p_text = (sim_text / tau).log_softmax(dim=1)
+    log_p_text = (sim_text / tau).log_softmax(dim=1)  # (B, B)
     log_p_vision = (sim_vision / tau).log_softmax(dim=1)
-    kl = torch.nn.functional.kl_div  # its second argument is the P of KL(P || Q)
-    text_vision = kl(log_p_vision, log_p_text, reduction="batchmean", log_target=True)
-    vision_text = kl(log_p_text, log_p_vision, reduction="batchmean", log_target=True)
-    return (text_vision + vision_text) / 2
+    return (kl_divergence(log_p_text, log_p_vision) + kl_divergence(log_p_vision, log_p_text)) / 2
+
+def objective(sim, sim_text, sim_vision, mask, alpha, beta, tau=0.1, tau_crtr=1.0, lam=0.5,
+              contrast=True, weighted=True, topology=True, stop_gradient=True):
+    """L = L_WPCL + lam * L_CRTR (Eq. 14): {"loss": ..., and its terms}, all scalars.
+    sim, sim_text, sim_vision (B, B) are s(z_u, e_j) of the fused embeddings and of each modality's.
+    Switches leave out a part: contrast L_WPCL, weighted its weights, topology L_CRTR."""
+    loss = 0.0
+    terms = {}
+    weight = torch.ones_like(sim[0])  # (B,)
+    if contrast and weighted:
+        margin_text = discriminative_margin(sim_text, mask)  # (B,)
+        margin_vision = discriminative_margin(sim_vision, mask)
+        gap = modality_gap(margin_text, margin_vision, stop_gradient)
+        weight = penalty_weight(gap, alpha, beta)
+        terms |= {"gap": gap.mean(), "weight": weight.mean(), "alpha": alpha, "beta": beta}
+    if contrast:
+        loss = weighted_info_nce(sim, mask, weight, tau)
+        terms["wpcl" if weighted else "infonce"] = loss
+    if topology:
+        terms["crtr"] = relational_topology(sim_text, sim_vision, tau_crtr)
+        loss = loss + lam * terms["crtr"]
+    return {"loss": loss, **terms}
 
 class Penalty(nn.Module):
     """The learnable alpha and beta of Eq. 9, positive through softplus, both 1 at the start.
@@ -294,32 +368,22 @@ class Penalty(nn.Module):
 
     def forward(self):
         """alpha, beta: scalars."""
-        return nn.functional.softplus(self.raw).unbind()
-
-def objective(method, z, e, mask, alpha, beta, tau, tau_crtr, lam):
-    """L = L_WPCL + lam * L_CRTR (Eq. 14) or, by `method`, a part of it: "loss", and its terms.
-    z and e are the embeddings of the batch's histories and targets: (B, D) in each space."""
-    sim = {space: cosine(z[space], e[space]) for space in z}  # (B, B) each
-    weight = torch.ones_like(sim["fused"][0])
-    terms = {"loss": 0.0}
-    if method.contrast == "wpcl":
-        margin_text = discriminative_margin(sim["text"], mask)
-        margin_vision = discriminative_margin(sim["vision"], mask)
-        gap = modality_gap(margin_text, margin_vision, method.stop_gradient)
-        weight = penalty_weight(gap, alpha, beta)
-        terms |= {"gap": gap.mean(), "weight": weight.mean(), "alpha": alpha, "beta": beta}
-    if method.contrast:
-        terms[method.contrast] = info_nce(sim["fused"], mask, weight, tau)
-        terms["loss"] = terms[method.contrast]
-    if method.topology:
-        terms["crtr"] = relational_topology(sim["text"], sim["vision"], tau_crtr)
-        terms["loss"] = terms["loss"] + lam * terms["crtr"]
-    if method.sda:
-        terms["cmsa"] = structural_alignment(e["text"], e["vision"], tau)
-        terms["loss"] = terms["loss"] + lam * terms["cmsa"]
-    return terms
+        return torch.nn.functional.softplus(self.raw).unbind()
 
 # ---- Evaluation (Section 5.1.3): leave-one-out, 100 negatives ----
+
+def leave_one_out(sequence, split, length=10):
+    """(the latest `length` items before the target, the target, all items before it)."""
+    place = len(sequence) - {"test": 1, "valid": 2, "train": 3}[split]
+    earlier = sequence[:place]
+    return earlier[-length:], sequence[place], earlier
+
+def draw_negatives(user_id, sequence, items, split, seed):
+    """100 of `items` items that the user never had, uniform; the same whatever the method."""
+    own = set(sequence)
+    rng = random.Random(f"{seed} {split} {user_id}")
+    drawn = rng.sample(range(items), data.NEGATIVES + len(own))
+    return [item for item in drawn if item not in own][:data.NEGATIVES]
 
 class Evaluation(NamedTuple):
     """Histories, targets and candidates of a split's U users, the same for every method."""
@@ -331,13 +395,13 @@ class Evaluation(NamedTuple):
 def make_evaluation(domain, split, length, seed):
     """All users for "test", at most 2,000 for "valid"; histories of the latest `length` items."""
     users = range(len(domain.user_ids))
-    if split == "valid":
-        users = data.validation_users(len(users), seed)
+    if split == "valid" and len(users) > VALIDATION_USERS:
+        users = sorted(random.Random(f"{seed} validation users").sample(users, VALIDATION_USERS))
     sequences = [domain.sequences[user] for user in users]
-    pairs = [data.leave_one_out(sequence, split, length) for sequence in sequences]
-    histories, targets = zip(*pairs)
+    cases = [leave_one_out(sequence, split, length) for sequence in sequences]
+    histories, targets, _ = zip(*cases)
     items = len(domain.item_ids)
-    negatives = [data.draw_negatives(domain.user_ids[user], sequence, items, split, seed)
+    negatives = [draw_negatives(domain.user_ids[user], sequence, items, split, seed)
                  for user, sequence in zip(users, sequences)]
     return Evaluation(histories, torch.tensor(targets), torch.tensor(negatives), sequences)
 
@@ -360,37 +424,21 @@ def hits_and_ndcg(ranks):
         scores[f"N@{k}"] = (hit / (1 + ranks.double()).log2()).mean().item()
     return scores
 
-def evaluate(z, e, cases, score=cosine):
-    """Ranks (U,) of the targets among their 100 negatives, and (U,) among all items but the user's,
-    by score(z, e) of z (U, D) and e (N, D)."""
-    ranks, full = [], []
+def evaluate(z, e, cases, score=cosine, full=False):
+    """Ranks (U,) of the targets, by score(z, e) of z (U, D) and e (N, D), among their 100
+    negatives or, in full, among all items except the user's others."""
+    ranks = []
     for users in torch.arange(len(z)).split(1024):
         scores = score(z[users], e)  # (1024, N)
         target = scores.gather(1, cases.targets[users, None]).squeeze(1)
-        ranks.append(target_rank(target, scores.gather(1, cases.negatives[users])))
-        for row, user in enumerate(users.tolist()):
-            scores[row, cases.sequences[user]] = -torch.inf
-        full.append(target_rank(target, scores))
-    return torch.cat(ranks), torch.cat(full)
+        others = scores if full else scores.gather(1, cases.negatives[users])
+        if full:
+            for row, user in enumerate(users.tolist()):
+                scores[row, cases.sequences[user]] = -torch.inf
+        ranks.append(target_rank(target, others))
+    return torch.cat(ranks)
 
 # ---- Training (Sections 4.2.3, 5.1.1) ----
-
-def training_batches(domain, size, epochs, config):
-    """(step, epoch, batch) in order, without an epoch's incomplete batch. A batch is B of
-    (history, target, all items before that), one of each user or of --train-users."""
-    users = domain.sequences
-    if config.train_users:
-        users = random.Random(f"{config.seed} train users").sample(users, config.train_users)
-    samples = [(*data.leave_one_out(sequence, "train", config.history), sequence[:-3])
-               for sequence in users]
-    batches = []
-    for epoch in range(1, epochs + 1):
-        shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        order = torch.randperm(len(samples), generator=shuffle).tolist()
-        for k in range(0, len(order) - size + 1, size):
-            batch = [samples[user] for user in order[k:k + size]]
-            batches.append((len(batches) + 1, epoch, batch))
-    return batches
 
 class VLM2Rec(nn.Module):
     """The method. Its state is LoRA, alpha and beta: the encoder, no Module, stays out."""
@@ -405,20 +453,33 @@ class VLM2Rec(nn.Module):
         self.penalty = Penalty().to(encoder.device)
         self.groups = [{"params": self.lora, "lr": config.lr},
                        {"params": self.penalty.parameters(), "lr": config.penalty_lr}]
-        self.schedule = (config.batch, config.epochs, config.epochs)  # B, epochs, patience
+        self.batch = config.batch
+        self.epochs = config.epochs
+        self.patience = math.inf
 
-    def terms(self, batch):
-        """A step's four forward passes, histories and targets in each modality; loss and terms."""
+    def forward(self, batch):
+        """A step's four forward passes, histories and targets in each modality: z and e, (B, D) in
+        each space, and the mask of the negatives (B, B)."""
         self.encoder.vlm.train()
-        modalities = self.method.modalities
         histories, targets, earlier = zip(*batch)
         items = [[target] for target in targets]
+        modalities = self.method.modalities
         z = fuse({modality: self.encoder(histories, modality) for modality in modalities})
         e = fuse({modality: self.encoder(items, modality) for modality in modalities})
-        mask = negative_mask(torch.tensor(targets), earlier).to(self.encoder.device)
+        return z, e, negative_mask(torch.tensor(targets), earlier).to(self.encoder.device)
+
+    def terms(self, batch):
+        """A step's loss and its terms."""
+        z, e, mask = self(batch)
         alpha, beta = self.penalty()
-        return objective(self.method, z, e, mask, alpha, beta, self.config.tau,
-                         self.config.tau_crtr, self.config.lam)
+        config = self.config
+        sim = {space: cosine(z[space], e[space]) for space in z}  # (B, B) each
+        terms = objective(sim["fused"], sim.get("text"), sim.get("vision"), mask, alpha, beta,
+                          config.tau, config.tau_crtr, config.lam, **self.method.loss)
+        for name in self.method.more:  # not the paper's
+            terms[name] = MORE_TERMS[name](e, config.tau)
+            terms["loss"] = terms["loss"] + config.lam * terms[name]
+        return terms
 
     def embed(self, histories):
         """z of n histories and e of the catalogue: (n, D) and (N, D) in each space."""
@@ -429,46 +490,67 @@ class VLM2Rec(nn.Module):
 def validate(model, valid):
     """H@k and N@k of the model as it is."""
     z, e = model.embed(valid.histories)
-    scores = hits_and_ndcg(evaluate(z["fused"], e["fused"], valid, model.score)[0])
+    scores = hits_and_ndcg(evaluate(z["fused"], e["fused"], valid, model.score))
     print(f"validation: N@10 {scores['N@10']:.4f}, H@10 {scores['H@10']:.4f}")
     return scores
 
 def train(model, domain, valid, config, folder):
     """Train a model, from the checkpoint in `folder` on if there is one; leave it as it was after
     the best epoch on validation, 0 (untrained) included. Returns the scores of 0 and the best."""
-    size, epochs, patience = model.schedule
-    batches = training_batches(domain, size, epochs, config)
+    users = domain.sequences
+    if config.train_users:
+        users = random.Random(f"{config.seed} train users").sample(users, config.train_users)
+    samples = [leave_one_out(sequence, "train", config.history) for sequence in users]
+    steps = len(samples) // model.batch  # in an epoch, without its incomplete batch
     optimizer = torch.optim.AdamW(model.groups, weight_decay=0.0, fused=True)
     progress = load_checkpoint(folder, model, optimizer)
     if not progress:
-        (folder / "log.jsonl").unlink(missing_ok=True)  # an earlier try's
-        scores = validate(model, valid)
-        progress = {"step": 0, "seconds": 0.0, "untrained": scores, "valid": scores, "best": 0,
-                    "kept": copy.deepcopy(model.state_dict())}
-    for step, epoch, batch in batches:
-        if step <= progress["step"]:
-            continue  # done before the run was killed
-        if epoch > progress["best"] + patience:
+        progress = {"step": 0, "epoch": 0, "seconds": 0.0, "log": [], "best": 0,
+                    "scores": [validate(model, valid)], "kept": copy.deepcopy(model.state_dict())}
+    data.write_text(folder / "log.jsonl", "".join(progress["log"]))  # without what is done again
+    for epoch in range(progress["epoch"] + 1, model.epochs + 1):
+        if epoch > progress["best"] + model.patience:
             break
-        start = time.perf_counter()
-        torch.manual_seed(config.seed * 1_000_000 + step)  # dropout: a resumed run draws the same
-        terms = model.terms(batch)
-        terms["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        progress["step"] = step
-        progress["seconds"] += time.perf_counter() - start
-        if step % config.log_every == 0:
-            log_step(folder, step, len(batches), terms, progress["seconds"])
-        if step % (len(batches) // epochs) == 0:  # an epoch ends
-            scores = validate(model, valid)
-            if scores["N@10"] > progress["valid"]["N@10"]:
-                progress |= {"valid": scores, "best": epoch}
-                progress["kept"] = copy.deepcopy(model.state_dict())
-        if step % config.save_every == 0:
-            save_checkpoint(folder, model, optimizer, progress)
+        shuffle = torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        order = torch.randperm(len(samples), generator=shuffle).split(model.batch)
+        for step in range(progress["step"] + 1, epoch * steps + 1):
+            batch = [samples[user] for user in order[(step - 1) % steps]]
+            start = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_000 + step)  # dropout, also of a resumed run
+            terms = model.terms(batch)
+            terms["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            progress["step"] = step
+            progress["seconds"] += time.perf_counter() - start
+            if step % config.log_every == 0 or step == epoch * steps:
+                progress["log"].append(log_step(
+                    folder, step, model.epochs * steps, terms, progress["seconds"]))
+            if step % config.save_every == 0:
+                save_checkpoint(folder, model, optimizer, progress)
+        scores = progress["scores"]  # of each epoch
+        scores.append(validate(model, valid))
+        if scores[-1]["N@10"] > scores[progress["best"]]["N@10"]:
+            progress |= {"best": epoch, "kept": copy.deepcopy(model.state_dict())}
+        progress["epoch"] = epoch
+        save_checkpoint(folder, model, optimizer, progress)
     model.load_state_dict(progress["kept"])
-    return {"untrained": progress["untrained"], "valid": progress["valid"]}
+    return {"untrained": progress["scores"][0], "valid": progress["scores"][progress["best"]]}
+
+# ---- The method ends here. What follows runs it: none of it is needed to understand it. ----
+
+def check_ranges(config):
+    """Raise InputError for a setting that is out of range, or that the method does not read."""
+    least = {"seed": 0, "lr": 1e-30, "penalty_lr": 0, "tau": 1e-6, "tau_crtr": 1e-6, "lam": 0,
+             "lora_dropout": 0, "batch": 2}  # of all others 1
+    below = {"lora_dropout": 1}
+    for name, value in asdict(config).items():
+        number = isinstance(value, (int, float))
+        if number and not least.get(name, 1) <= value < below.get(name, 2**31):
+            raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
+    unread = config.embeddings if METHODS[config.method].modalities else config.adapter
+    if unread:
+        raise InputError(f"--method {config.method} does not read {unread}")
 
 # ---- Collapse (Section 3): what Fig. 1a and Table 1 measure ----
 
@@ -477,7 +559,8 @@ def queries(z, e, test):
     spaces = {"f": "fused", "t": "text", "v": "vision"}
     scores = {}
     for name in ("f2f", "t2f", "v2f", "t2t", "v2v"):
-        ranks = evaluate(z[spaces[name[0]]], e[spaces[name[2]]], test)[0]
+        query, _, items = name
+        ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
         scores[name] = hits_and_ndcg(ranks)["N@10"]
     return scores
 
@@ -495,51 +578,8 @@ def geometry(z, e, test):
 
 # ---- Loading: any of ten families by one path ----
 
-QWEN = ("<|vision_start|>", "<|vision_end|>")
-IDEFICS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
-AROUND_A_PICTURE = {  # model family: what stands before and after a picture's tokens
-    "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "qwen3_5": QWEN,
-    "internvl": ("<img>", "</img>"), "llava": ("", ""), "llava_onevision": ("", ""),
-    "smolvlm": IDEFICS, "idefics3": IDEFICS,
-    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n"),
-}
 LORA_LAYERS = r".*(language|text)_model\..*\.(q|k|v|o|gate|up|down|in|out)_proj\w*"
 EXPERTS = 4  # into which SDA's MoDA cuts LoRA's rank
-PASS_TOKENS = 8192  # at most, padding included, in a forward pass of `Encoder.embed`
-
-def pad(rows, value):
-    """(B, L) from B lists, padded on the right."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, value)
-
-def passes_by_length(lengths):
-    """The indices of prompts, similar lengths together, in passes of at most PASS_TOKENS."""
-    rows = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    passes = []
-    while rows:
-        size = max(1, PASS_TOKENS // lengths[rows[0]])  # the first is the longest
-        passes.append(rows[:size])
-        rows = rows[size:]
-    return passes
-
-def picture_inputs(vlm, features, ids):
-    """What a model takes in place of pixels: features (n, levels, P, D) of the n pictures in ids
-    (B, L), which transformers puts in the place of their tokens."""
-    device = vlm.get_decoder().device
-    first, *deep = features.to(device).unbind(dim=1)  # (n, P, D) each
-    if vlm.config.model_type not in ("internvl", "gemma3"):  # these take a tensor, not a tuple
-        first = first.unbind()
-    output = BaseModelOutputWithDeepstackFeatures(
-        pooler_output=first, deepstack_features=[level.unbind() for level in deep])
-    inputs = {"mm_encoder_outputs": {"image": output}}
-    is_picture = (ids == vlm.config.image_token_id).int()  # (B, L)
-    if vlm.config.model_type == "gemma3":  # a picture's tokens see each other
-        inputs["token_type_ids"] = is_picture.to(device)
-    if hasattr(vlm, "get_rope_index"):  # Qwen's positions in time, height and width
-        side = vlm.config.vision_config.spatial_merge_size * math.isqrt(features.shape[2])
-        grid = torch.tensor([[1, side, side]] * len(features))  # in patches
-        positions, _ = vlm.get_rope_index(ids, is_picture, grid)  # (3, B, L), on the CPU
-        inputs["position_ids"] = positions.to(device)
-    return inputs
 
 @contextlib.contextmanager
 def readable(what):
@@ -597,22 +637,37 @@ def encode_pictures(vlm, processor, image_size, paths, batch=32):
 
 def build_encoder(run):
     """The encoder of a domain's items; InputError if the model does not fit. The file of features
-    is named by a digest of the data and of what the tower makes of the first picture."""
+    is named by a digest of the data and of what the tower makes of the first picture: it can never
+    be another tower's."""
     model = data.prepare_model(run.config.model, Path(run.config.data_dir))
     vlm, tokenizer, processor = load_vlm(model, run.config.revision, run.device)
     encode = functools.partial(encode_pictures, vlm, processor, run.config.image_size)
     with readable(f"--model {model} reads no pictures"):
         first = encode(run.domain.pictures[:1])
+    encoder = Encoder(vlm, tokenizer, run.domain.titles, first)
+    check_prompts(encoder, run)
     key = hashlib.sha256(run.domain.digest.encode() + first.float().numpy().tobytes())
     path = run.folder.parent / f"features-{key.hexdigest()[:16]}.safetensors"
     data.prepare(path, path, lambda: save_tensors(path, {"features": encode(run.domain.pictures)}))
+    encoder.features = load_file(path)["features"]
     for weight in vlm.get_encoder(modality="image").parameters():
         weight.data = weight.data.new_empty(0)  # the tower is not needed again: frees its memory
-    encoder = Encoder(vlm, tokenizer, run.domain.titles, load_file(path)["features"])
-    cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
-    print(f"a picture takes {first.shape[2]} tokens; {len(cut)} titles reach {TITLE_TOKENS}, "
-          f"and are cut: {len(set(cut))} of these differ")
     return encoder
+
+def check_prompts(encoder, run):
+    """Say what a picture and a long title take; InputError if a prompt exceeds the context."""
+    context = encoder.vlm.config.get_text_config().max_position_embeddings
+    for split in ("train", "valid", "test"):
+        for sequence in run.domain.sequences:
+            history, _, _ = leave_one_out(sequence, split, run.config.history)
+            for modality in run.method.modalities:
+                length = len(encoder.prompt(history, modality))
+                if length > context:
+                    raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
+                                     "shorten --history, or --image-size")
+    cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
+    print(f"a picture takes {encoder.features.shape[2]} tokens; {len(cut)} titles have "
+          f"{TITLE_TOKENS} or more, and are cut: {len(set(cut))} of these differ")
 
 def add_lora(vlm, config):
     """Put LoRA into the language model, new or --adapter's; InputError if it does not fit."""
@@ -623,7 +678,7 @@ def add_lora(vlm, config):
         if config.adapter:
             settings = peft.LoraConfig.from_pretrained(config.adapter)
         lora = peft.get_peft_model(vlm, settings)
-        if METHODS[config.method].sda:
+        if "cmsa" in METHODS[config.method].more:
             if settings.r % EXPERTS:
                 raise ValueError(f"sda needs a rank in multiples of {EXPERTS}")
             add_gates(vlm)
@@ -674,8 +729,9 @@ def open_run(config):
             name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
             content = Path(settings[given], file).read_bytes()
             settings[given] = hashlib.sha256(content).hexdigest()[:16]
-    if not config.batch <= (config.train_users or len(domain.user_ids)) <= len(domain.user_ids):
-        raise InputError(f"take --batch <= --train-users <= {len(domain.user_ids)}, all users")
+    users = len(domain.user_ids)
+    if not config.batch <= (config.train_users or users) <= users:
+        raise InputError(f"take --batch <= --train-users <= {users}, all users")
     folder = Path(config.out, domain.name, f"{name}-seed{config.seed}")
     return Run(config, METHODS[config.method], device, source, domain, folder, settings)
 
@@ -693,16 +749,19 @@ def save_tensors(path, tensors, metadata=None):
         save_file(tensors, partial, metadata)
 
 def log_step(folder, step, steps, terms, seconds):
-    """A line in log.jsonl and on the screen; FloatingPointError if the loss is not finite."""
+    """A line in log.jsonl, which is returned, and on the screen; FloatingPointError if the loss is
+    not finite."""
     line = {"step": step, **{name: value.item() for name, value in terms.items()},
             "seconds": seconds, "minutes_left": seconds / step * (steps - step) / 60}
     if not math.isfinite(line["loss"]):
         raise FloatingPointError(f"step {step}: the loss is not finite; lower --lr or raise --tau")
     if torch.cuda.is_initialized():
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    with open(folder / "log.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
     print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
+    text = json.dumps(line) + "\n"
+    with open(folder / "log.jsonl", "a") as file:
+        file.write(text)
+    return text
 
 def save_checkpoint(folder, model, optimizer, progress):
     """What a killed run needs to go on to the same numbers; whole or not at all."""
@@ -734,9 +793,9 @@ PEFT drops the gates of --method sda; `add_lora` takes them.
 def save_adapter(run, lora):
     """adapter/ in PEFT's own format, with a card that tells how to load it."""
     folder = run.folder / "adapter"
+    with readable(f"cannot write {folder}/adapter_model.safetensors"):
+        lora.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub
     settings = lora.peft_config["default"]
-    settings.save_pretrained(folder)
-    save_tensors(folder / "adapter_model.safetensors", peft.get_peft_model_state_dict(lora))
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
 
@@ -809,7 +868,7 @@ def run_method(run):
     if len(run.method.modalities) == 2:
         collapse["queries"] = {"N@10": queries(z, e, test)}
         collapse["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
-    ranks = evaluate(z["fused"], e["fused"], test, model.score)
+    ranks = [evaluate(z["fused"], e["fused"], test, model.score, full) for full in (False, True)]
     return write_results(run, test, ranks, scores, collapse)
 
 def execute(run):
@@ -838,28 +897,25 @@ def execute(run):
 
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
-def paired_t_test(above):
-    """The two-sided p of at least two paired differences; 1 if there are none but zeros."""
-    n = len(above)
-    noise = (n - 1) * numpy.var(above, ddof=1)
-    effect = n * numpy.mean(above) ** 2
-    share = noise / (noise + effect) if noise + effect else 1.0
-    return float(mpmath.betainc((n - 1) / 2, 0.5, 0, share, regularized=True))
-
 def gains(folder):
-    """Each test user's N@10, from a run's ranks.csv."""
-    ranks = [float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))]
-    return [1 / math.log2(1 + rank) if rank <= 10 else 0.0 for rank in ranks]
+    """Each test user's N@10, from a run's ranks.csv: (U,)."""
+    ranks = numpy.array([float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))])
+    return (ranks <= 10) / numpy.log2(1 + ranks)
+
+def mean_and_error(values):
+    """"+0.0063 ± 0.0019": the mean of paired differences and its standard error."""
+    return f"{numpy.mean(values):+.4f} ± {numpy.std(values, ddof=1) / math.sqrt(len(values)):.4f}"
 
 def against(ours, theirs):
-    """Ours above theirs, {seed: folder}, in N@10; t-test over shared seeds, or one seed's users."""
-    seeds = set(ours) & set(theirs)
+    """Ours above theirs, {seed: folder}, in N@10: over three or more shared seeds, or over the
+    users, whose spread is not that of another training."""
+    seeds = sorted(set(ours) & set(theirs))
     if not seeds or ours is theirs:
         return "-"
-    above = numpy.array([numpy.subtract(gains(ours[seed]), gains(theirs[seed])) for seed in seeds])
-    unit = "seeds" if len(seeds) > 1 else "users"
-    above = above.mean(axis=1) if unit == "seeds" else above[0]
-    return f"{above.mean():+.4f}, p {paired_t_test(above):.2g} ({above.size:,} {unit})"
+    above = numpy.array([gains(ours[seed]) - gains(theirs[seed]) for seed in seeds])  # (seeds, U)
+    if len(seeds) >= 3:
+        return f"{mean_and_error(above.mean(axis=1))} over {len(seeds)} seeds"
+    return f"{mean_and_error(above.mean(axis=0))} over {above.shape[1]:,} users"
 
 def comparison(folder, settings):
     """Mean ± standard deviation over each method's seeds, and vlm2rec against each. Runs whose
@@ -891,6 +947,8 @@ def structural_alignment(e_text, e_vision, tau):
     across = cosine(e_vision, e_text) / tau
     loss = torch.nn.functional.cross_entropy
     return (loss(across, teacher) + loss(across.T, teacher)) / 2
+
+MORE_TERMS = {"cmsa": lambda e, tau: structural_alignment(e["text"], e["vision"], tau)}
 
 def add_gates(vlm):
     """SDA's MoDA: blocks of LoRA's rank, the experts, count by gates of a pass's modality.
@@ -952,7 +1010,7 @@ class SequenceRecommender(nn.Module):
         scale = 0.02 if self.kind == "sasrec" else d ** -0.5  # by validation
         self.table = nn.Parameter(scale * torch.randn(len(domain.item_ids), d))
         if vectors is not None:
-            self.table = nn.Parameter(nn.functional.normalize(vectors))
+            self.table = nn.Parameter(torch.nn.functional.normalize(vectors))
             self.adapter = nn.Linear(vectors.shape[1], d)
         if self.kind == "gru4rec":
             self.body = nn.GRU(d, d, batch_first=True)
@@ -963,7 +1021,9 @@ class SequenceRecommender(nn.Module):
             self.body = nn.TransformerEncoder(layer, 2, nn.LayerNorm(d), enable_nested_tensor=False)
         self.groups = [{"params": self.parameters(), "lr": 1e-3}]
         users = config.train_users or len(domain.user_ids)
-        self.schedule = (min(users, max(32, min(256, users // 64))), 200, 20)
+        self.batch = min(users, max(32, min(256, users // 64)))  # some 64 steps in an epoch
+        self.epochs = 200
+        self.patience = 20  # epochs without a gain
 
     def forward(self, sequences):
         """States (B, L, d) after each of the items (B, L), padded on the right, and the items
@@ -985,7 +1045,7 @@ class SequenceRecommender(nn.Module):
         device = self.table.device
         states, items = self(rows[:, :-1].clamp(min=0).to(device))
         logits = states.flatten(0, 1)[places.to(device)] @ items.T  # (places, N)
-        return {"loss": nn.functional.cross_entropy(logits, following[places].to(device))}
+        return {"loss": torch.nn.functional.cross_entropy(logits, following[places].to(device))}
 
     @torch.no_grad()
     def embed(self, histories):
@@ -1062,7 +1122,7 @@ def parse_config(argv):
     for option in fields(Config):
         flag = "--" + option.name.replace("_", "-")
         default = [option.default] if "nargs" in option.metadata else option.default
-        parser.add_argument(flag, type=option.type, default=default, **option.metadata)
+        parser.add_argument(flag, default=default, **option.metadata)
     parser.add_argument("--seeds", type=int, default=1, help="so many runs, from --seed on (1)")
     parser.add_argument("--recommend", nargs=argparse.REMAINDER, metavar="ITEM",
                         help="last: a finished run's top ten after these items, oldest first")
@@ -1071,10 +1131,7 @@ def parse_config(argv):
     seeds = range(flags["seed"], flags["seed"] + max(1, flags.pop("seeds")))
     configs = []
     for method, vectors, seed in itertools.product(flags["method"], flags["embeddings"], seeds):
-        values = flags | {"method": method, "embeddings": vectors, "seed": seed}
-        for path in ("domain", "model", "adapter", "embeddings", "data_dir", "out"):
-            values[path] = os.path.expanduser(values[path])
-        configs.append(Config(**values))
+        configs.append(Config(**flags | {"method": method, "embeddings": vectors, "seed": seed}))
     return configs, history
 
 def main(argv=None):
