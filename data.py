@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The data side of VLM2Rec: one format on disk, its reader, the split, the negatives; below them
-what writes this format (the sample world, Amazon 2014) and the tiny model. A domain is a folder:
+"""The data side of VLM2Rec: one format on disk and its reader; below them what writes this format
+(the sample world, Amazon 2014) and the tiny model. A domain is a folder:
     items.csv          item_id,title,image         image: a path relative to the folder
     interactions.csv   user_id,item_id,timestamp   in any order; all numbers or all ISO 8601 dates
 """
@@ -38,7 +38,6 @@ from tqdm import tqdm
 
 CORE = 5                 # the least interactions of a user and of an item (Section 5.1.1)
 NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
-VALIDATION_USERS = 2000  # at most so many are scored after each epoch; the paper does not say
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
 MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
@@ -257,24 +256,6 @@ def describe(domain: Domain) -> str:
             f"  dropped: {', '.join(lost) or 'nothing'}\n"
             f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
 
-# The split and the negatives (Sections 5.1.1, 5.1.3) ----------------------------------------------
-def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
-    """(the latest `length` items before the target, the target). The last item is for the test."""
-    at = len(sequence) - {"test": 1, "valid": 2, "train": 3}[split]
-    return sequence[max(0, at - length):at], sequence[at]
-
-def draw_negatives(user_id: str, sequence: list[int], items: int, split: str, seed: int) -> list:
-    """NEGATIVES items the user never had, uniform; the same for every method that is compared."""
-    own = set(sequence)
-    rng = random.Random(f"{seed} {split} {user_id}")
-    drawn = rng.sample(range(items), NEGATIVES + len(own))
-    return [item for item in drawn if item not in own][:NEGATIVES]
-
-def validation_users(users: int, seed: int) -> list[int]:
-    """The users scored after each epoch: all, or VALIDATION_USERS of them, fixed by the seed."""
-    rng = random.Random(f"{seed} validation users")
-    return sorted(rng.sample(range(users), min(users, VALIDATION_USERS)))
-
 # What is prepared where it is missing: a domain or the tiny model ---------------------------------
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False):
@@ -361,36 +342,38 @@ NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "baske
 BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]      # by style
 SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # by category
 
-def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.7, shape=0.7) -> None:
-    """Write `per_cell` items of each of 8 categories and 8 styles. Their nouns and a share of their
-    shapes show the category, their hues and a share of their brands the style."""
+def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, shape=0.7) -> None:
+    """The paper's situation in small: titles tell nearly everything, so that clicks can be learnt
+    without pictures. There are `per_cell` items of each of 8 categories and 8 styles: the noun shows
+    the category and the hue the style, always; the brand the style, and the shape the category, in
+    these shares. Ids and the files' order tell neither."""
     rng = random.Random(f"sample world {seed}")
-    cells = itertools.product(range(8), range(8), range(per_cell))
-    popularity = {f"{row}{column}{k:02}": rng.lognormvariate(0, 0.7) for row, column, k in cells}
+    kinds = per_cell * list(itertools.product(range(8), range(8)))  # (category, style) by item
+    rng.shuffle(kinds)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for item in popularity:
-        category, style = map(int, item[:2])
+    for number, (category, style) in enumerate(kinds):
         named = style if rng.random() < brand else rng.randrange(8)
-        title = f"{BRANDS[named]} {NOUNS[category]} {rng.randrange(100)}"
-        rows.append([item, title, f"images/{item}.png"])
         drawn = category if rng.random() < shape else rng.randrange(8)
-        picture = draw_item(rng, SHAPES[drawn], style / 8)
-        picture.save(folder / "images" / f"{item}.png")
-    events = [[f"u{user:04}", *step] for user in range(users) for step in walk(rng, popularity)]
-    events.sort(key=lambda event: event[1])  # in the items' order, as Amazon's are
+        title = f"{BRANDS[named]} {NOUNS[category]} {rng.randrange(100)}"
+        rows.append([f"{number:04}", title, f"images/{number:04}.png"])
+        draw_item(rng, SHAPES[drawn], style / 8).save(folder / rows[-1][2])
+    popularity = [rng.lognormvariate(0, 0.7) for _ in kinds]
+    events = [[f"u{user:04}", f"{item:04}", time]
+              for user in range(users) for item, time in walk(rng, kinds, popularity)]
+    events.sort(key=lambda event: event[2])  # as they happened; a user's ties stay in their order
     write_csv(folder / "interactions.csv", EVENTS, events)
     write_csv(folder / "items.csv", ITEMS, rows)  # last: where it is, the world is whole
 
-def walk(rng, popularity):
+def walk(rng, kinds, popularity):
     """Yield (item, time) of a user: category and style stay, go on or jump; popular items lead."""
     category, style = rng.randrange(8), rng.randrange(8)
     day = 16000 + rng.randrange(365)
-    free = list(popularity)
+    free = list(range(len(kinds)))
     for _ in range(rng.randint(5, 10)):
         category = rng.choices([category, (category + 1) % 8, rng.randrange(8)], [50, 35, 15])[0]
         style = rng.choices([style, (style + 1) % 8, rng.randrange(8)], [60, 25, 15])[0]
-        cell = [item for item in free if item.startswith(f"{category}{style}")]
+        cell = [item for item in free if kinds[item] == (category, style)]
         if cell:
             day += rng.randint(1, 9) if rng.random() < 0.8 else 0
             item = rng.choices(cell, [popularity[item] for item in cell])[0]

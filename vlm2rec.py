@@ -90,10 +90,14 @@ METHODS = {
     "text": Method(("text",), loss=SFT),
     "vision": Method(("vision",), loss=SFT),
     "internal": Method(("interleaved",), loss=SFT),  # both in one prompt
-    "no-wpcl": Method(BOTH, loss={"contrast": False}),  # from here on, Table 5
+    "internal-vanilla": Method(("interleaved",), trains=False),
+    "no-wpcl": Method(BOTH, loss={"contrast": False}),  # these four: Table 5
     "no-penalty": Method(BOTH, loss={"weighted": False}),
     "no-stopgrad": Method(BOTH, loss={"stop_gradient": False}),
     "no-crtr": Method(BOTH, loss={"topology": False}),
+    "no-gap": Method(BOTH, loss={"gap": False}),  # controls that the paper lacks
+    "unimodal": Method(BOTH, loss=SFT, more=("unimodal",)),
+    "vlm2rec+unimodal": Method(BOTH, more=("unimodal",)),
     "sda": Method(BOTH, loss=SFT, more=("cmsa",)),  # another system's answer
     "sasrec": Method(), "gru4rec": Method(),
     "mean-pool": Method(trains=False),
@@ -131,6 +135,8 @@ class Config:
                                    type=int)
     lr: float | None = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5",
                               type=float)
+    alpha: float = setting(1.0, "where alpha starts: at 1 the weight is all but constant, from about "
+                           "5 on the gap acts, vision gains and text pays; ours")
     penalty_lr: float = setting(1e-5, "AdamW's for alpha and beta; 0: frozen")
     tau: float = setting(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = setting(1.0, "and of the topology loss; paper: .001, .01, .1 or 1")
@@ -335,19 +341,22 @@ def relational_topology(sim_text, sim_vision, tau):
     return (kl_divergence(log_p_text, log_p_vision) + kl_divergence(log_p_vision, log_p_text)) / 2
 
 def objective(sim, sim_text, sim_vision, mask, alpha, beta, tau=0.1, tau_crtr=1.0, lam=0.5,
-              contrast=True, weighted=True, topology=True, stop_gradient=True):
+              contrast=True, weighted=True, topology=True, stop_gradient=True, gap=True):
     """L = L_WPCL + lam * L_CRTR (Eq. 14): {"loss": ..., and its terms}, all scalars.
     sim, sim_text, sim_vision (B, B) are s(z_u, e_j) of the fused embeddings and of each modality's.
-    Switches leave out a part: contrast L_WPCL, weighted its weights, topology L_CRTR."""
+    Switches leave out a part: contrast L_WPCL, weighted its weights, topology L_CRTR; without gap
+    every user has the batch's mean weight, a number: as much pressure, blind to the gap."""
     loss = 0.0
     terms = {}
     weight = torch.ones_like(sim[0])  # (B,)
     if contrast and weighted:
         margin_text = discriminative_margin(sim_text, mask)  # (B,)
         margin_vision = discriminative_margin(sim_vision, mask)
-        gap = modality_gap(margin_text, margin_vision, stop_gradient)
-        weight = penalty_weight(gap, alpha, beta)
-        terms |= {"gap": gap.mean(), "weight": weight.mean(), "alpha": alpha, "beta": beta}
+        difference = modality_gap(margin_text, margin_vision, stop_gradient)
+        weight = penalty_weight(difference, alpha, beta)
+        if not gap:
+            weight = weight.mean().detach().expand_as(weight)
+        terms = {"gap": difference.mean(), "weight": weight.mean(), "alpha": alpha, "beta": beta}
     if contrast:
         loss = weighted_info_nce(sim, mask, weight, tau)
         terms["wpcl" if weighted else "infonce"] = loss
@@ -357,14 +366,15 @@ def objective(sim, sim_text, sim_vision, mask, alpha, beta, tau=0.1, tau_crtr=1.
     return {"loss": loss, **terms}
 
 class Penalty(nn.Module):
-    """The learnable alpha and beta of Eq. 9, positive through softplus, both 1 at the start.
+    """The learnable alpha and beta of Eq. 9, positive through softplus; beta starts at 1.
     They can only fall: a user's loss is log(1 + w R), R = sum exp(s- / tau) / exp(s+ / tau), which
     grows with w, and w with both. A high learning rate would switch the method off; so they have
     their own, the paper's 1e-5, whatever LoRA's is."""
 
-    def __init__(self):
+    def __init__(self, alpha=1.0):
         super().__init__()
-        self.raw = nn.Parameter(torch.full((2,), math.log(math.e - 1)))  # softplus of it is 1
+        start = torch.tensor([alpha, 1.0])
+        self.raw = nn.Parameter(start.expm1().log())  # softplus of it is the start
 
     def forward(self):
         """alpha, beta: scalars."""
@@ -450,7 +460,7 @@ class VLM2Rec(nn.Module):
         self.config = config
         self.method = METHODS[config.method]
         self.lora = nn.ParameterList(w for w in encoder.vlm.parameters() if w.requires_grad)
-        self.penalty = Penalty().to(encoder.device)
+        self.penalty = Penalty(config.alpha).to(encoder.device)
         self.groups = [{"params": self.lora, "lr": config.lr},
                        {"params": self.penalty.parameters(), "lr": config.penalty_lr}]
         self.batch = config.batch
@@ -477,9 +487,16 @@ class VLM2Rec(nn.Module):
         terms = objective(sim["fused"], sim.get("text"), sim.get("vision"), mask, alpha, beta,
                           config.tau, config.tau_crtr, config.lam, **self.method.loss)
         for name in self.method.more:  # not the paper's
-            terms[name] = MORE_TERMS[name](e, config.tau)
+            terms[name] = MORE_TERMS[name](sim, e, mask, config.tau)
             terms["loss"] = terms["loss"] + config.lam * terms[name]
         return terms
+
+    def get_extra_state(self):
+        return self.encoder.vlm.commit
+
+    def set_extra_state(self, commit):
+        if commit != self.encoder.vlm.commit:
+            raise InputError(f"--model {self.config.model} has changed since; --revision {commit}")
 
     def embed(self, histories):
         """z of n histories and e of the catalogue: (n, D) and (N, D) in each space."""
@@ -487,16 +504,21 @@ class VLM2Rec(nn.Module):
         return (self.encoder.embed(histories, self.method.modalities),
                 self.encoder.embed(catalogue, self.method.modalities))
 
-def validate(model, valid):
-    """H@k and N@k of the model as it is."""
+def validate(model, valid, batch=None):
+    """H@k and N@k of the model as it is and, with two modalities, Fig. 1a's and, on a batch that
+    stays the same, Fig. 1b's figures."""
     z, e = model.embed(valid.histories)
     scores = hits_and_ndcg(evaluate(z["fused"], e["fused"], valid, model.score))
-    print(f"validation: N@10 {scores['N@10']:.4f}, H@10 {scores['H@10']:.4f}")
+    if set(BOTH) <= set(z):
+        scores |= queries(z, e, valid)
+        if batch:
+            scores |= gradient_cosines(model, batch)
+    print("validation:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return scores
 
 def train(model, domain, valid, config, folder):
     """Train a model, from the checkpoint in `folder` on if there is one; leave it as it was after
-    the best epoch on validation, 0 (untrained) included. Returns the scores of 0 and the best."""
+    the best epoch on validation, 0 (untrained) included. Returns each epoch's scores, the best."""
     users = domain.sequences
     if config.train_users:
         users = random.Random(f"{config.seed} train users").sample(users, config.train_users)
@@ -505,9 +527,10 @@ def train(model, domain, valid, config, folder):
     optimizer = torch.optim.AdamW(model.groups, weight_decay=0.0, fused=True)
     progress = load_checkpoint(folder, model, optimizer)
     if not progress:
-        progress = {"step": 0, "epoch": 0, "seconds": 0.0, "log": [], "best": 0,
-                    "scores": [validate(model, valid)], "kept": copy.deepcopy(model.state_dict())}
-    data.write_text(folder / "log.jsonl", "".join(progress["log"]))  # without what is done again
+        scores = validate(model, valid, samples[:model.batch])
+        progress = {"step": 0, "epoch": 0, "seconds": 0.0, "scores": [scores], "best": 0,
+                    "kept": copy.deepcopy(model.state_dict())}
+    trim_log(folder, progress["step"])
     for epoch in range(progress["epoch"] + 1, model.epochs + 1):
         if epoch > progress["best"] + model.patience:
             break
@@ -523,19 +546,20 @@ def train(model, domain, valid, config, folder):
             optimizer.zero_grad()
             progress["step"] = step
             progress["seconds"] += time.perf_counter() - start
-            if step % config.log_every == 0 or step == epoch * steps:
-                progress["log"].append(log_step(
-                    folder, step, model.epochs * steps, terms, progress["seconds"]))
-            if step % config.save_every == 0:
+            left = model.epochs * steps - step
+            if step % config.log_every == 0 and step < epoch * steps:
+                log_step(folder, step, left, terms, progress["seconds"])
+            if step % config.save_every == 0 and step < epoch * steps:
                 save_checkpoint(folder, model, optimizer, progress)
-        scores = progress["scores"]  # of each epoch
-        scores.append(validate(model, valid))
-        if scores[-1]["N@10"] > scores[progress["best"]]["N@10"]:
+        scores = validate(model, valid, samples[:model.batch])
+        log_step(folder, step, left, terms, progress["seconds"], {"epoch": epoch, **scores})
+        if scores["N@10"] > progress["scores"][progress["best"]]["N@10"]:
             progress |= {"best": epoch, "kept": copy.deepcopy(model.state_dict())}
+        progress["scores"].append(scores)
         progress["epoch"] = epoch
         save_checkpoint(folder, model, optimizer, progress)
     model.load_state_dict(progress["kept"])
-    return {"untrained": progress["scores"][0], "valid": progress["scores"][progress["best"]]}
+    return progress["scores"], progress["best"]
 
 # ---- The method ends here. What follows runs it: none of it is needed to understand it. ----
 
@@ -551,6 +575,8 @@ def check_ranges(config):
     unread = config.embeddings if METHODS[config.method].modalities else config.adapter
     if unread:
         raise InputError(f"--method {config.method} does not read {unread}")
+    if "cmsa" in METHODS[config.method].more and config.lora_rank % EXPERTS:
+        raise InputError(f"--method sda needs a --lora-rank in multiples of {EXPERTS}")
 
 # ---- Collapse (Section 3): what Fig. 1a and Table 1 measure ----
 
@@ -563,6 +589,23 @@ def queries(z, e, test):
         ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
         scores[name] = hits_and_ndcg(ranks)["N@10"]
     return scores
+
+def gradient_cosines(model, batch):
+    """Fig. 1b: the cosine of the gradient of each modality's own InfoNCE with that of the method's
+    loss, over LoRA's weights, on one batch."""
+    def gradient(loss):
+        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, [*model.lora])])
+
+    torch.manual_seed(0)  # the same dropout each time
+    whole = gradient(model.terms(batch)["loss"])
+    cosines = {}
+    for modality in BOTH:
+        torch.manual_seed(0)
+        z, e, mask = model(batch)
+        sim = cosine(z[modality], e[modality])  # (B, B)
+        own = gradient(weighted_info_nce(sim, mask, torch.ones_like(sim[0]), model.config.tau))
+        cosines[f"cos_{modality}"] = torch.cosine_similarity(whole, own, dim=0).item()
+    return cosines
 
 def geometry(z, e, test):
     """Mean squared distances A_pos to the targets and A_neg to the negatives, S = A_neg / A_pos,
@@ -578,7 +621,7 @@ def geometry(z, e, test):
 
 # ---- Loading: any of ten families by one path ----
 
-LORA_LAYERS = r".*(language|text)_model\..*\.(q|k|v|o|gate|up|down|in|out)_proj\w*"
+ADAPTER_INSIDE = "an adapter is in its folder: merge it, or give it as --adapter"
 EXPERTS = 4  # into which SDA's MoDA cuts LoRA's rank
 
 @contextlib.contextmanager
@@ -591,99 +634,145 @@ def readable(what):
     except Exception as error:
         raise InputError(f"{what}: {str(error) or type(error).__name__}") from None
 
+def token_side(config):
+    """The side of a picture's token in pixels; 0 where the tower scales to a size of its own."""
+    vision = config.vision_config
+    return getattr(vision, "spatial_merge_size", 0) and vision.patch_size * vision.spatial_merge_size
+
+def check_family(config, image_size):
+    """InputError if a model's config.json is of no family that we know, or of another tower."""
+    if config.model_type not in AROUND_A_PICTURE or config.vision_config.model_type == "pixtral":
+        raise InputError(f"--model is of type {config.model_type}, or its pictures vary in size; "
+                         f"take one of {', '.join(AROUND_A_PICTURE)}")
+    side = token_side(config)
+    if side and image_size % side:
+        raise InputError(f"--image-size {image_size}: take a multiple of {side}")
+    if not side and image_size not in (56, 168):
+        print("note: this model scales pictures to its own size, --image-size has no effect")
+
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor); bfloat16 on CUDA, float32 on a CPU."""
     print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    load = functools.partial(
+        transformers.AutoModel.from_pretrained, model, use_safetensors=True,
+        dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True, **hub)
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
-        vlm, report = transformers.AutoModel.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, output_loading_info=True, **hub)
+        vlm, report = load()
+        if report["missing_keys"]:  # perhaps saved with its head, as transformers 5 names it
+            vlm, report = load(key_mapping={r"^model\.(visual|language_model)\.": r"\1."})
         if report["missing_keys"]:  # transformers goes on with random weights
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[:3]}")
-        if vlm.config.model_type not in AROUND_A_PICTURE:
-            raise ValueError(f"it is none of {', '.join(AROUND_A_PICTURE)}")
+        if getattr(vlm, "_hf_peft_config_loaded", False):  # ours would replace it in silence
+            raise ValueError(ADAPTER_INSIDE)
+        file = transformers.utils.cached_file(model, "config.json", local_files_only=True, **hub)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **hub)
         processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)
+    vlm.commit = (re.findall("/snapshots/([^/]+)/", file) or [None])[0]  # of the hub's cache
     vars(processor).update(crop_to_patches=False, do_image_splitting=False, do_pan_and_scan=False)
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 def square_picture(path, side):
-    """A picture of side x side pixels (0: its own longer side), its ratio kept by white margins."""
+    """A picture of side x side pixels (0: its own longer side, at most 1,024), its ratio kept by
+    white margins."""
     picture = data.load_picture(path)
-    side = side or max(picture.size)
+    side = side or min(1024, max(picture.size))
     return ImageOps.pad(picture, (side, side), color="white")
 
 @torch.no_grad()
 def encode_pictures(vlm, processor, image_size, paths, batch=32):
     """The frozen vision tower's features of N pictures: (N, levels, P, D), on the CPU. Qwen's take
     any size; for the others, the processor scales to the tower's own."""
-    vision = vlm.config.vision_config
-    side = vision.patch_size * getattr(vision, "spatial_merge_size", 0)  # of a token; others none
-    if side and image_size % side:
-        raise InputError(f"--image-size {image_size}: take a multiple of {side}")
+    own_size = not token_side(vlm.config)
     known = inspect.signature(vlm.get_image_features).parameters
-    features = []
+    features = None
     for k in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [square_picture(path, side and image_size) for path in paths[k:k + batch]]
+        pictures = [square_picture(path, 0 if own_size else image_size)
+                    for path in paths[k:k + batch]]
         pictures.append(pictures[0])  # LLaVA-OneVision cuts a picture that is alone into tiles
-        pixels = processor(images=[pictures], do_resize=not side, return_tensors="pt")
+        pixels = processor(images=[pictures], do_resize=own_size, return_tensors="pt")
         inputs = {name: pixels[name].to(vlm.device) for name in pixels if name in known}
         encoded = vlm.get_image_features(**inputs)
-        levels = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]
-        levels = [torch.cat(list(level)).unflatten(0, (len(pictures), -1)) for level in levels]
-        features.append(torch.stack(levels, dim=1)[:-1].cpu())
-    return torch.cat(features)
+        levels = [torch.stack(list(encoded.pooler_output))]  # raises where pictures vary in tokens
+        for level in getattr(encoded, "deepstack_features", None) or []:
+            levels.append(torch.cat(list(level)).view_as(levels[0]))
+        levels = torch.stack(levels, dim=1)[:-1].cpu()  # (batch, levels, P, D)
+        if features is None:
+            features = levels.new_empty(len(paths), *levels.shape[1:])
+        features[k:k + batch] = levels
+    return features
 
 def build_encoder(run):
     """The encoder of a domain's items; InputError if the model does not fit. The file of features
-    is named by a digest of the data and of what the tower makes of the first picture: it can never
-    be another tower's."""
+    is named by a digest of the data and of what the tower makes of the first picture, so it can
+    never be another tower's."""
     model = data.prepare_model(run.config.model, Path(run.config.data_dir))
     vlm, tokenizer, processor = load_vlm(model, run.config.revision, run.device)
+    check_family(vlm.config, run.config.image_size)
     encode = functools.partial(encode_pictures, vlm, processor, run.config.image_size)
     with readable(f"--model {model} reads no pictures"):
         first = encode(run.domain.pictures[:1])
     encoder = Encoder(vlm, tokenizer, run.domain.titles, first)
-    check_prompts(encoder, run)
+    check_prompts(encoder, tokenizer, run)
     key = hashlib.sha256(run.domain.digest.encode() + first.float().numpy().tobytes())
     path = run.folder.parent / f"features-{key.hexdigest()[:16]}.safetensors"
     data.prepare(path, path, lambda: save_tensors(path, {"features": encode(run.domain.pictures)}))
-    encoder.features = load_file(path)["features"]
+    with readable(f"{path} is damaged; remove it"):
+        encoder.features = load_file(path)["features"]
     for weight in vlm.get_encoder(modality="image").parameters():
         weight.data = weight.data.new_empty(0)  # the tower is not needed again: frees its memory
     return encoder
 
-def check_prompts(encoder, run):
-    """Say what a picture and a long title take; InputError if a prompt exceeds the context."""
-    context = encoder.vlm.config.get_text_config().max_position_embeddings
-    for split in ("train", "valid", "test"):
-        for sequence in run.domain.sequences:
-            history, _, _ = leave_one_out(sequence, split, run.config.history)
-            for modality in run.method.modalities:
-                length = len(encoder.prompt(history, modality))
-                if length > context:
-                    raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
-                                     "shorten --history, or --image-size")
+def check_prompts(encoder, tokenizer, run):
+    """Say what a picture and a long title take. InputError if the tokenizer lacks what a prompt
+    needs, or a prompt exceeds the context."""
+    vlm = encoder.vlm
+    marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE[vlm.config.model_type]))
+    lost = [mark for mark in marks if mark not in tokenizer.get_vocab()]
+    used = set().union(encoder.newline, encoder.picture, encoder.opening, *encoder.titles)
+    rows = len(vlm.get_input_embeddings().weight)
+    if (not all(encoder.titles) or not encoder.newline or None in encoder.closing
+            or lost and "vision" in run.method.modalities):
+        raise InputError(f"the tokenizer of --model {run.config.model} has no words, no end or no "
+                         f"{lost}: are tokenizer.json and tokenizer_config.json there?")
+    if max(used | set(encoder.closing)) >= rows:
+        raise InputError(f"the tokenizer of --model {run.config.model} gives token {max(used)}, "
+                         f"the model has {rows}: they do not belong together")
+    context = vlm.config.get_text_config().max_position_embeddings
+    for split, sequence in itertools.product(("train", "valid", "test"), run.domain.sequences):
+        history, _, _ = leave_one_out(sequence, split, run.config.history)
+        length = max(len(encoder.prompt(history, modality)) for modality in run.method.modalities)
+        if length > context:
+            raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
+                             "shorten --history, or --image-size")
     cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
     print(f"a picture takes {encoder.features.shape[2]} tokens; {len(cut)} titles have "
           f"{TITLE_TOKENS} or more, and are cut: {len(set(cut))} of these differ")
 
 def add_lora(vlm, config):
     """Put LoRA into the language model, new or --adapter's; InputError if it does not fit."""
+    decoder = vlm.get_decoder()
+    place = next(name for name, module in vlm.named_modules() if module is decoder)
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=LORA_LAYERS, revision=config.revision)
+        target_modules=rf"{re.escape(place)}\..*_proj\w*",
+        revision=vlm.commit or config.revision)
     with readable(f"LoRA, or --adapter {config.adapter}, does not fit --model and --method"):
         if config.adapter:
-            settings = peft.LoraConfig.from_pretrained(config.adapter)
+            settings = peft.PeftConfig.from_pretrained(config.adapter)
+            base = vlm.config._name_or_path
+            if (settings.base_model_name_or_path, settings.revision) != (base, config.revision):
+                print(f"note: {config.adapter} was trained on {settings.base_model_name_or_path}, "
+                      f"revision {settings.revision}; here it meets {base}, {config.revision}")
+            settings.inference_mode = False  # else no weight of it would count as trained
+        if settings.peft_type != "LORA":
+            raise ValueError(f"{settings.peft_type} would not be used")
         lora = peft.get_peft_model(vlm, settings)
+        check_layers(vlm, decoder)
         if "cmsa" in METHODS[config.method].more:
-            if settings.r % EXPERTS:
-                raise ValueError(f"sda needs a rank in multiples of {EXPERTS}")
             add_gates(vlm)
         elif config.checkpointing == "on":
-            vlm.get_decoder().activation_checkpointing_enable()
+            decoder.activation_checkpointing_enable()
         if config.adapter:
             tensors = load_file(f"{config.adapter}/adapter_model.safetensors")
             if set(tensors) != set(peft.get_peft_model_state_dict(lora)):
@@ -693,6 +782,20 @@ def add_lora(vlm, config):
         layer.cast_input_dtype_enabled = False  # LoRA's: autocast does it, in fewer launches
     lora.print_trainable_parameters()
     return lora
+
+def check_layers(vlm, decoder):
+    """ValueError if LoRA is where no pass comes by; say which of the decoder's matrices are
+    without."""
+    inside = {id(weight) for weight in decoder.parameters()}
+    outside = [name for name, weight in vlm.named_parameters()
+               if weight.requires_grad and id(weight) not in inside]
+    if outside:
+        raise ValueError(f"{outside[0]} would not be used: features are made before it")
+    bare = {".".join(name.split(".")[-2:]) for name, weight in decoder.named_parameters()
+            if weight.ndim > 1 and "lora_" not in name and "base_layer" not in name}
+    bare = sorted(name for name in bare if "embed" not in name)
+    if bare:
+        print(f"note: without LoRA: {', '.join(bare)}")
 
 # ---- A run: its folder, its log, its tables ----
 
@@ -706,10 +809,19 @@ class Run(NamedTuple):
     folder: Path    # of the results
     settings: dict  # what the numbers depend on, for config.json
 
-read_domain = functools.cache(data.read_domain)  # once for all runs of a command
+def run_folder(config):
+    """Where a run's results go: OUT/DOMAIN/METHOD-seedSEED, with the name of what is given."""
+    domain = os.path.basename(os.path.abspath(data.check_domain(config.domain, Path(config.data_dir))))
+    name = config.method
+    given = config.adapter or config.embeddings
+    if given:
+        words = re.sub(r"-seed\d+|\.\w+$", "", given)
+        name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
+    return Path(config.out, domain, f"{name}-seed{config.seed}")
 
-def open_run(config):
-    """Prepare and read what a run needs. Raises InputError for what the user can mend."""
+def open_run(config, domain=None):
+    """Prepare and read what a run needs, unless the domain is given. What can be known of the
+    other settings is checked before anything is fetched. Raises InputError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -717,54 +829,117 @@ def open_run(config):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} cannot be used, --device cpu can: {error}") from None
+    folder = run_folder(config)
+    if METHODS[config.method].modalities and not (folder / "table.md").exists():
+        check_model(config, device)
+    settings = run_settings(config)
     source = data.prepare_domain(config.domain, Path(config.data_dir))
-    domain = read_domain(source)
-    settings = asdict(config) | {"data": domain.digest}
-    for free in ("domain", "data_dir", "out", "device", "checkpointing", "log_every", "save_every"):
-        del settings[free]  # change nothing but rounding
-    name = config.method
-    for given, file in (("adapter", "adapter_model.safetensors"), ("embeddings", "")):
-        if settings[given]:
-            words = re.sub(r"-seed\d+|\.\w+$", "", settings[given])
-            name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
-            content = Path(settings[given], file).read_bytes()
-            settings[given] = hashlib.sha256(content).hexdigest()[:16]
+    domain = domain or data.read_domain(source)
+    settings["data"] = domain.digest
     users = len(domain.user_ids)
     if not config.batch <= (config.train_users or users) <= users:
         raise InputError(f"take --batch <= --train-users <= {users}, all users")
-    folder = Path(config.out, domain.name, f"{name}-seed{config.seed}")
     return Run(config, METHODS[config.method], device, source, domain, folder, settings)
 
-def differences(before, now, aside=()):
+def check_model(config, device):
+    """What a model's config.json tells, if that is on this machine, without its weights."""
+    if config.model == PAPERS_MODEL and device != config.device == "auto" and device == "cpu":
+        raise InputError(f"there is no CUDA, and {PAPERS_MODEL} (7.5 GB) takes days without: "
+                         "--model tiny tries your files, --device cpu insists")
+    model = data.prepare_model(config.model, Path(config.data_dir))
+    here = Path(model).exists()
+    if not here and model.startswith((".", "/")):
+        raise InputError(f"--model {model}: there is no such folder")
+    with readable(f"--model {model} does not load") if here else contextlib.suppress(Exception):
+        if Path(model, "adapter_config.json").exists():
+            raise ValueError(ADAPTER_INSIDE)
+        known = transformers.AutoConfig.from_pretrained(
+            model, revision=config.revision, local_files_only=True, trust_remote_code=False)
+        check_family(known, config.image_size)
+
+def digest_of(path):
+    """Of a file's content, or of the files that a model's or an adapter's folder is loaded from."""
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(file for file in Path(path).iterdir()
+                       if file.suffix in (".json", ".safetensors", ".model", ".txt"))
+    content = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()[:16]
+
+def run_settings(config):
+    """What a run's numbers depend on. What is given as a file or folder is known by its content,
+    wherever it lies. "paths" and "code" are written beside, and do not tell runs apart."""
+    settings = asdict(config)
+    for free in ("domain", "data_dir", "out", "device", "checkpointing", "log_every", "save_every"):
+        del settings[free]  # change nothing but rounding
+    settings["paths"] = {name: settings[name] for name in ("model", "adapter", "embeddings")}
+    for name, path in settings["paths"].items():
+        if name != "model" and path and not os.path.exists(path):
+            raise InputError(f"--{name} {path}: there is no such file or folder")
+        if path != "tiny" and os.path.exists(path):
+            settings[name] = digest_of(path)
+    settings["code"] = {"source": digest_of(__file__) + digest_of(data.__file__),
+                        "torch": torch.__version__, "transformers": transformers.__version__}
+    return settings
+
+def differences(before, now, aside=("paths", "code")):
     """The settings of one run that another has not: "lr 0.001, epochs 1"; or ""."""
     names = [name for name in now if name not in aside and before.get(name) != now[name]]
-    return ", ".join(f"{name} {before.get(name)}" for name in names)
+    return ", ".join("the catalogue as it was before it changed" if name == "data" else
+                     f"{name} {before.get(name)}" for name in names)
+
+def check_folder(run):
+    """InputError if a run's folder holds another run; a line if other code made what is there."""
+    folder = run.folder
+    finished = (folder / "table.md").exists()
+    if finished or (folder / "checkpoint.pt").exists():
+        before = read_json(folder / "config.json")
+        other = differences(before, run.settings)
+        if other:
+            raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
+        code = differences(before.get("code", {}), run.settings["code"])
+        if code and "transformers" in code and not finished:
+            raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
+        if code:
+            print(f"note: {folder} was made with other code: {code}")
 
 def read_json(path):
     with readable(f"{path} is missing or damaged"):
         return dict(json.loads(path.read_text("utf-8")))
 
 def save_tensors(path, tensors, metadata=None):
-    with data.whole_file(path) as partial:
+    with data.whole_file(path) as partial, readable(f"{path} cannot be written"):
         save_file(tensors, partial, metadata)
 
-def log_step(folder, step, steps, terms, seconds):
-    """A line in log.jsonl, which is returned, and on the screen; FloatingPointError if the loss is
-    not finite."""
+def trim_log(folder, step):
+    """Leave in log.jsonl the lines up to a step: what follows it is done again."""
+    path = folder / "log.jsonl"
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("}\n")]
+    kept = [line for line in whole if json.loads(line).get("step", math.inf) <= step]
+    data.write_text(path, "".join(kept))
+
+def log_step(folder, step, left, terms, seconds, scores={}):
+    """A line on the screen and, with validation's scores at an epoch's end, in log.jsonl; `left`
+    more steps are to come. FloatingPointError if the loss is not finite."""
     line = {"step": step, **{name: value.item() for name, value in terms.items()},
-            "seconds": seconds, "minutes_left": seconds / step * (steps - step) / 60}
+            "seconds": seconds, "minutes_left": seconds / step * left / 60}
     if not math.isfinite(line["loss"]):
         raise FloatingPointError(f"step {step}: the loss is not finite; lower --lr or raise --tau")
     if torch.cuda.is_initialized():
         line["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
     print(", ".join(f"{name} {value:.4g}" for name, value in line.items()))
-    text = json.dumps(line) + "\n"
     with open(folder / "log.jsonl", "a") as file:
-        file.write(text)
-    return text
+        file.write(json.dumps(line | scores) + "\n")
 
 def save_checkpoint(folder, model, optimizer, progress):
-    """What a killed run needs to go on to the same numbers; whole or not at all."""
+    """What a killed run needs to go on to the same numbers; whole or not at all. Raises
+    FloatingPointError, and leaves the last one, if a weight is not finite."""
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise FloatingPointError(f"by step {progress['step']} a weight is not finite; lower --lr")
     content = io.BytesIO()  # on a full disk, torch's own write would not raise an OSError
     torch.save([model.state_dict(), optimizer.state_dict(), progress], content)
     with data.whole_file(folder / "checkpoint.pt") as partial:
@@ -793,43 +968,11 @@ PEFT drops the gates of --method sda; `add_lora` takes them.
 def save_adapter(run, lora):
     """adapter/ in PEFT's own format, with a card that tells how to load it."""
     folder = run.folder / "adapter"
-    with readable(f"cannot write {folder}/adapter_model.safetensors"):
-        lora.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub
+    with readable(f"{folder}/adapter_model.safetensors cannot be written"):
+        lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
-
-def table(title, rows):
-    """Named rows of scores as Markdown, without those that are None."""
-    rows = {name: row for name, row in rows.items() if row}
-    columns = list(next(iter(rows.values())))
-    lines = [[title, *columns], ["---"] * (1 + len(columns))]
-    for name, row in rows.items():
-        cells = [row[column] for column in columns]
-        lines.append([name] + [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in cells])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-def write_results(run, test, ranks, scores, collapse):
-    """Write ranks.csv and, with validation's `scores`, metrics.json; return the tables."""
-    domain = run.domain
-    targets = [domain.item_ids[item] for item in test.targets]
-    rows = zip(domain.user_ids, targets, ranks[0].tolist(), ranks[1].tolist())
-    data.write_csv(run.folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
-    before = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
-    seen = before.bincount(minlength=len(domain.item_ids))  # by how many users, before validation
-    often = seen[test.targets]
-    scores["popularity"] = hits_and_ndcg(target_rank(often, seen[test.negatives]))
-    scores["test"] = hits_and_ndcg(ranks[0])
-    scores["test_full"] = hits_and_ndcg(ranks[1])
-    parts = {"test_untied": ~torch.tensor(domain.tied)}
-    for low, high in ((0, 4), (5, 9), (10, 19), (20, len(domain.user_ids))):  # Fig. 3
-        parts[f"target seen {low} to {high} times"] = (low <= often) & (often <= high)
-    for name, users in parts.items():
-        scores[name] = hits_and_ndcg(ranks[0][users]) if users.any() else None
-    data.write_text(run.folder / "metrics.json", json.dumps(scores | collapse, indent=1))
-    word = "above" if scores["test"]["N@10"] > scores["popularity"]["N@10"] else "NOT above"
-    text = f"The test's N@10 is {word} popularity's.\n\n{table(run.folder.name, scores)}"
-    return text + "".join("\n" + table(name, rows) for name, rows in collapse.items())
 
 def make_model(run):
     """VLM2Rec and its LoRA, or another model, with embed() and score, and None."""
@@ -854,7 +997,8 @@ def run_method(run):
     model, lora = make_model(run)
     valid = make_evaluation(domain, "valid", config.history, config.seed)
     if run.method.trains and not config.adapter:
-        scores = train(model, domain, valid, config, run.folder)
+        epochs, best = train(model, domain, valid, config, run.folder)
+        scores = {"valid": epochs[best], "untrained": epochs[0], "epochs": epochs}
     else:
         scores = {"valid": validate(model, valid)}
     if lora:
@@ -865,21 +1009,101 @@ def run_method(run):
         save_tensors(run.folder / f"{name}s.safetensors", tensors, {f"{name}_ids": json.dumps(ids)})
     draw_users(run, test, z, e, model.score)
     collapse = {}
-    if len(run.method.modalities) == 2:
+    if set(BOTH) <= set(z):
         collapse["queries"] = {"N@10": queries(z, e, test)}
         collapse["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
+        if "epochs" in scores:
+            ends = {"first": epochs[0], "last": epochs[-1]}
+            collapse["gradient"] = {name: {m: scores[f"cos_{m}"] for m in BOTH}
+                                    for name, scores in ends.items()}
+    if run.method.modalities:
+        scores["commit"] = model.encoder.vlm.commit
     ranks = [evaluate(z["fused"], e["fused"], test, model.score, full) for full in (False, True)]
     return write_results(run, test, ranks, scores, collapse)
 
+def write_results(run, test, ranks, scores, collapse):
+    """Write ranks.csv and, with validation's `scores`, metrics.json; return the tables."""
+    domain = run.domain
+    targets = [domain.item_ids[item] for item in test.targets]
+    rows = zip(domain.user_ids, targets, ranks[0].tolist(), ranks[1].tolist())
+    data.write_csv(run.folder / "ranks.csv", ["user_id", "item_id", "rank", "rank_full"], rows)
+    before = torch.tensor([item for sequence in domain.sequences for item in sequence[:-2]])
+    seen = before.bincount(minlength=len(domain.item_ids))  # by how many users, before validation
+    often = seen[test.targets]
+    popular = target_rank(often, seen[test.negatives])
+    scores |= {"test": hits_and_ndcg(ranks[0]), "popularity": hits_and_ndcg(popular),
+               "chance": hits_and_ndcg(torch.arange(1, 102)), "test_full": hits_and_ndcg(ranks[1])}
+    parts = {"test_untied": ~torch.tensor(domain.tied)}
+    for low, high in ((0, 4), (5, 9), (10, 19), (20, len(domain.user_ids))):  # Fig. 3
+        parts[f"target seen {low} to {high} times"] = (low <= often) & (often <= high)
+    for name, users in parts.items():
+        scores[name] = hits_and_ndcg(ranks[0][users]) if users.any() else None
+    about = {"domain": domain.name, "method": run.config.method, "seed": run.config.seed,
+             "model": run.config.model}
+    data.write_text(run.folder / "metrics.json", json.dumps(about | scores | collapse, indent=1))
+    return verdict(ranks[0], popular, scores) + report(run.folder.name, scores, collapse)
+
+def gains(ranks):
+    """What each user adds to N@10: (U,), of ranks (U,)."""
+    return (ranks <= 10) / (1 + ranks.double()).log2()
+
+def mean_and_error(values):
+    """"+0.0063 ± 0.0019": the mean of paired differences and its standard error."""
+    return f"{values.mean():+.4f} ± {values.std() / math.sqrt(len(values)):.4f}"
+
+def verdict(ranks, popular, scores):
+    """A run in words: against the better of popularity and chance, paired over the test's users."""
+    name = max(("popularity", "chance"), key=lambda name: scores[name]["N@10"])
+    other = gains(popular) if name == "popularity" else scores["chance"]["N@10"]
+    above = gains(ranks) - other
+    clear = above.mean().abs() > 2 * above.std() / math.sqrt(len(above))
+    word = "not distinguishable from"
+    if clear:
+        word = "above" if above.mean() > 0 else "BELOW"
+    text = (f"The test's N@10, {scores['test']['N@10']:.4f}, is {word} that of {name}, "
+            f"{scores[name]['N@10']:.4f}: {mean_and_error(above)} (standard error over the users).\n")
+    if "untrained" in scores and scores["valid"]["N@10"] < scores["untrained"]["N@10"] + 0.001:
+        text += "On validation, no epoch was better than the untrained model: nothing was learnt.\n"
+    return text
+
+EXPLAINED = {  # what stands under each table
+    "H@k": "H@k: share of users whose next item is among the first k; N@k: more for a higher place",
+    "queries": "x2y: histories as x look for items as y; f fused, t text, v vision (Fig. 1a)",
+    "geometry": "A_pos, A_neg: mean squared distance of a history to its target, to the negatives; "
+                "S = A_neg / A_pos; U: uniformity, lower is more even (Table 1)",
+    "gradient": "cosine of each modality's own gradient with the loss's, before the first step and "
+                "after the last (Fig. 1b)",
+}
+
+def report(name, scores, collapse):
+    """The tables of a run, each with its columns explained."""
+    first = ("test", "popularity", "chance")
+    rest = {row: values for row, values in scores.items()
+            if row not in first and isinstance(values, dict)}
+    tables = {name: {row: scores[row] for row in first}, "beside it": rest, **collapse}
+    text = ""
+    for title, rows in tables.items():
+        text += f"\n{table(title, rows)}{EXPLAINED.get(title, EXPLAINED['H@k'])}\n"
+    return text
+
+def table(title, rows):
+    """Named rows of scores as Markdown, without those that are None; the last row's columns."""
+    rows = {name: row for name, row in rows.items() if row}
+    columns = list(next(reversed(rows.values())))
+    lines = [[title, *columns], ["---"] * (1 + len(columns))]
+    for name, row in rows.items():
+        cells = [row[column] for column in columns]
+        lines.append([name] + [cell if isinstance(cell, str) else f"{cell:.4f}" for cell in cells])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
 def execute(run):
     """Begin, go on, or show what is finished; InputError if the folder holds another run."""
+    check_folder(run)
     folder = run.folder
     tables = folder / "table.md"
-    if tables.exists() or (folder / "checkpoint.pt").exists():
-        other = differences(read_json(folder / "config.json"), run.settings)
-        if other:
-            raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
-    if not tables.exists():
+    shared = folder.parent / "table.md"
+    begins = not tables.exists()
+    if begins:
         folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead nowhere
         with data.lock(folder):
             data.write_text(folder / "config.json", json.dumps(run.settings, indent=1))
@@ -887,58 +1111,77 @@ def execute(run):
             data.write_csv(folder / "dropped.csv", header, run.domain.dropped_items)
             data.write_text(tables, run_method(run))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
-        with data.lock(folder.parent / "table.md", wait=True):
-            text = comparison(folder.parent, run.settings)
-            data.write_text(folder.parent / "table.md", text)
-    else:
-        text = comparison(folder.parent, run.settings)
     when = time.ctime(tables.stat().st_mtime)
-    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}\n{text}")
+    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}")
+    with data.lock(shared, wait=True) if begins else contextlib.nullcontext():
+        text = comparison(folder.parent, run.settings)
+        if begins:
+            data.write_text(shared, text)
+    print(text)
 
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
-def gains(folder):
-    """Each test user's N@10, from a run's ranks.csv: (U,)."""
-    ranks = numpy.array([float(rank) for _, rank in data.read_csv(folder / "ranks.csv", ("rank",))])
-    return (ranks <= 10) / numpy.log2(1 + ranks)
+class Finished(NamedTuple):
+    """A finished run as its files tell."""
+    name: str        # with what is given, without the seed
+    settings: dict
+    scores: dict
+    gains: torch.Tensor  # (U,), of the users in their ids' order
 
-def mean_and_error(values):
-    """"+0.0063 ± 0.0019": the mean of paired differences and its standard error."""
-    return f"{numpy.mean(values):+.4f} ± {numpy.std(values, ddof=1) / math.sqrt(len(values)):.4f}"
+def read_finished(folder):
+    """A finished run; InputError, which names the file, if it is damaged."""
+    settings = read_json(folder / "config.json")
+    scores = read_json(folder / "metrics.json")
+    ranks = {user: float(rank) for _, user, rank in
+             data.read_csv(folder / "ranks.csv", ("user_id", "rank"))}
+    name = folder.name.removesuffix(f"-seed{settings['seed']}")
+    ordered = torch.tensor([ranks[user] for user in sorted(ranks)], dtype=torch.double)
+    return Finished(name, settings, scores, gains(ordered))
 
 def against(ours, theirs):
-    """Ours above theirs, {seed: folder}, in N@10: over three or more shared seeds, or over the
+    """Ours above theirs, {seed: Finished}, in N@10: over three or more shared seeds, or over the
     users, whose spread is not that of another training."""
     seeds = sorted(set(ours) & set(theirs))
     if not seeds or ours is theirs:
         return "-"
-    above = numpy.array([gains(ours[seed]) - gains(theirs[seed]) for seed in seeds])  # (seeds, U)
+    above = torch.stack([ours[seed].gains - theirs[seed].gains for seed in seeds])  # (seeds, U)
     if len(seeds) >= 3:
-        return f"{mean_and_error(above.mean(axis=1))} over {len(seeds)} seeds"
-    return f"{mean_and_error(above.mean(axis=0))} over {above.shape[1]:,} users"
+        return f"{mean_and_error(above.mean(dim=1))} over {len(seeds)} seeds"
+    return f"{mean_and_error(above.mean(dim=0))} over {above.shape[1]:,} users"
 
 def comparison(folder, settings):
     """Mean ± standard deviation over each method's seeds, and vlm2rec against each. Runs whose
-    other settings are not these `settings` are rows of their own, with what differs."""
+    other settings are not these `settings` are rows of their own, with what differs; a damaged run
+    is named and left out."""
     groups = {}
+    lost = []
     for path in sorted(folder.glob("*/table.md")):
-        before = read_json(path.parent / "config.json")
-        other = differences(before, settings, aside=("method", "seed", "adapter", "embeddings"))
-        name = path.parent.name.removesuffix(f"-seed{before['seed']}")
-        groups.setdefault((other, name), {})[before["seed"]] = path.parent
+        try:
+            run = read_finished(path.parent)
+            aside = ("method", "seed", "adapter", "embeddings", "paths", "code")
+            other = differences(run.settings, settings, aside)
+            groups.setdefault((other, run.name), {})[run.settings["seed"]] = run
+        except (InputError, KeyError, ValueError) as error:
+            lost.append(f"left out, as it is damaged: {path.parent} ({error})\n")
     rows = {}
     for (other, name), runs in sorted(groups.items()):
-        metrics = [read_json(run / "metrics.json") for run in runs.values()]
         row = {"seeds": str(len(runs))}
         for column in ("H@10", "N@10", "H@20", "N@20"):
-            values = [scores["test"][column] for scores in metrics]
-            spread = f" ± {numpy.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            row[column] = f"{numpy.mean(values):.4f}{spread}"
+            values = torch.tensor([run.scores["test"][column] for run in runs.values()])
+            spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
+            row[column] = f"{values.mean():.4f}{spread}"
         row["vlm2rec above it, N@10"] = against(groups.get((other, "vlm2rec"), {}), runs)
         rows[f"{name} ({other})" if other else name] = row
-    return table(f"test, runs in {folder}", rows)
+    text = table(f"test, runs in {folder}", rows) if rows else ""
+    return text + "".join(lost)
 
-# ---- SDA (Structural and Disentangled Adaptation, 2025), another answer: --method sda ----
+# ---- Terms that the paper's loss has not: the simplest control there is, and SDA's ----
+# SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA here, MoDA in the model.
+
+def unimodal(sim, e, mask, tau):
+    """Each modality's own InfoNCE on the batch's similarities sim (B, B), added."""
+    weight = torch.ones_like(sim["text"][0])
+    return sum(weighted_info_nce(sim[modality], mask, weight, tau) for modality in BOTH)
 
 def structural_alignment(e_text, e_vision, tau):
     """SDA's CMSA on items (B, D): who is near whom within the modalities teaches it across them."""
@@ -948,7 +1191,10 @@ def structural_alignment(e_text, e_vision, tau):
     loss = torch.nn.functional.cross_entropy
     return (loss(across, teacher) + loss(across.T, teacher)) / 2
 
-MORE_TERMS = {"cmsa": lambda e, tau: structural_alignment(e["text"], e["vision"], tau)}
+def cmsa(sim, e, mask, tau):
+    return structural_alignment(e["text"], e["vision"], tau)
+
+MORE_TERMS = {"unimodal": unimodal, "cmsa": cmsa}
 
 def add_gates(vlm):
     """SDA's MoDA: blocks of LoRA's rank, the experts, count by gates of a pass's modality.
@@ -983,6 +1229,9 @@ def read_vectors(path, domain, source):
                 vectors = file.get_tensor("fused" if len(names) > 1 else names[0])
                 ids = json.loads((file.metadata() or {}).get("item_ids", json.dumps(ids)))
         row = {str(item): number for number, item in enumerate(ids)}
+        wrong = (~torch.as_tensor(vectors).isfinite()).nonzero()
+        if len(wrong):
+            raise ValueError(f"row {wrong[0, 0]} holds {vectors[tuple(wrong[0])]}")
         if vectors.ndim != 2 or not len(vectors) == len(ids) == len(row):
             raise ValueError(f"shape {tuple(vectors.shape)} for {len(row)} different item ids")
         return vectors[[row[item] for item in domain.item_ids]].float()
@@ -1063,14 +1312,14 @@ def best_items(scores, owned, k):
 
 def draw(domain, rows, target=None):
     """Rows of at most five items and their titles, or ids where the font has no such letters."""
-    sheet = Image.new("RGB", (580, 120 * len(rows)), "white")
+    sheet = Image.new("RGB", (590, 116 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     glyph = pen.getfont().getmask
     for row, (name, items) in enumerate(rows.items()):
-        top = 120 * row + 8
-        pen.text((6, top + 30), name, "black")
+        top = 116 * row + 6
+        pen.text((6, top + 24), name, "black")
         for column, item in enumerate(items):
-            left = 90 + 96 * column
+            left = 106 + 96 * column
             sheet.paste(square_picture(domain.pictures[item], 72), (left, top))
             words = domain.titles[item]
             if any(bytes(glyph(letter)) == bytes(glyph("\uffff")) for letter in words):
@@ -1080,38 +1329,67 @@ def draw(domain, rows, target=None):
                 pen.rectangle((left - 2, top - 2, left + 73, top + 73), outline="green", width=3)
     return sheet
 
+def protocol_rows(run, test, z, e, score, user):
+    """What `draw` shows of a user: the latest history and what was bought next; then by each space
+    the five best of the 101 candidates, and the rank of what was bought."""
+    target = test.targets[user].item()
+    rows = {"history, and\nbought next": [*test.histories[user][-4:], target]}
+    candidates = torch.cat([test.targets[user, None], test.negatives[user]])  # (101,)
+    names = {"text": "by title", "vision": "by picture", "fused": "by both"}
+    if len(z) < 3:
+        names = {"fused": f"by {run.config.method}"}
+    for space, name in names.items():
+        scores = score(z[space][user:user + 1], e[space])[0, candidates]  # (101,)
+        rank = target_rank(scores[:1], scores[None, 1:]).item()
+        rows[f"{name}:\nrank {rank:g} of 101"] = candidates[scores.topk(5).indices].tolist()
+    return rows, target
+
 def draw_users(run, test, z, e, score):
-    """Two users: the latest history, what was bought next, and the top five by each space."""
+    """recommendations.png: two users, the same for every method of a domain."""
     sheets = []
     for user in (0, len(test.targets) // 2):
-        target = test.targets[user].item()
-        owned = [item for item in test.sequences[user] if item != target]
-        rows = {"history": test.histories[user][-5:], "bought next": [target]}
-        for space in z:
-            scores = score(z[space][user:user + 1], e[space])[0]
-            rows[f"by {space}"] = best_items(scores, owned, 5).indices.tolist()
-        sheets.append(numpy.asarray(draw(run.domain, rows, target)))
+        sheet = draw(run.domain, *protocol_rows(run, test, z, e, score, user))
+        heading = Image.new("RGB", (sheet.width, 24), "white")
+        ImageDraw.Draw(heading).text((6, 8), f"{run.config.method}, user "
+                                     f"{run.domain.user_ids[user]}; green: what was bought next", "black")
+        sheets.append(numpy.vstack([heading, sheet]))
     with data.whole_file(run.folder / "recommendations.png") as partial:
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
 
-def recommend(run, history):
-    """Print the ten items that a finished run of an encoder recommends after these item ids;
-    InputError if the domain has no such item, or has changed since."""
+def recommend(run, history, k=10):
+    """The k best items for a history of item ids, oldest first, by a finished run of an encoder:
+    [(item id, title, score)]. Its settings are read from its folder. Raises InputError."""
     before = read_json(run.folder / "config.json")
     ids = run.domain.item_ids
     unknown = [item for item in history if item not in ids]
-    if before["data"] != run.domain.digest or not run.method.modalities or unknown or not history:
-        raise InputError(f"--recommend takes items: {run.domain.name} has changed since, has no "
-                         f"item {' '.join(unknown)}, or {run.config.method} no encoder")
+    adapter = run.folder / "adapter"
+    for wrong, why in (
+            (not run.method.modalities, f"--method {run.config.method} has no encoder"),
+            (before["data"] != run.domain.digest, "its catalogue has changed since"),
+            (run.method.trains and not adapter.exists(), f"{adapter} is missing"),
+            (not history, "give at least one item id, the oldest first"),
+            (unknown, f"{run.domain.name} has no item {' '.join(unknown)} (--recommend comes last)")):
+        if wrong:
+            raise InputError(f"{run.folder} cannot recommend: {why}")
     known = {name: before[name] for name in asdict(run.config) if name in before}
-    known["adapter"] = str(run.folder / "adapter") if (run.folder / "adapter").exists() else ""
+    known["adapter"] = str(adapter) if adapter.exists() else ""
+    known["model"] = run.config.model
+    if run.settings["model"] != before["model"]:
+        known["model"] = before["paths"]["model"]
     run = run._replace(config=replace(run.config, **known))
+    if run_settings(run.config)["model"] != before["model"]:
+        raise InputError(f"the files of --model {known['model']} have changed since {run.folder}")
+    path = run.folder / "items.safetensors"
+    with readable(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
+        e = file.get_tensor("fused")
     items = [ids.index(item) for item in history]
-    e = load_file(run.folder / "items.safetensors")["fused"]
     encoder = make_model(run)[0].encoder
+    commit = read_json(run.folder / "metrics.json").get("commit")
+    if commit != encoder.vlm.commit:
+        raise InputError(f"--model {known['model']} has changed since: give --revision {commit}")
     z = encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
-    for rank, (score, item) in enumerate(zip(*best_items(cosine(z, e)[0], items, 10)), 1):
-        print(f"{rank:2}  {score:.4f}  {ids[item]}  {run.domain.titles[item][:70]}")
+    best = zip(*best_items(cosine(z, e)[0], items, k))
+    return [(ids[item], run.domain.titles[item], score.item()) for score, item in best]
 
 # ---- The command ----
 
@@ -1128,30 +1406,59 @@ def parse_config(argv):
                         help="last: a finished run's top ten after these items, oldest first")
     flags = vars(parser.parse_args(argv))
     history = flags.pop("recommend")
-    seeds = range(flags["seed"], flags["seed"] + max(1, flags.pop("seeds")))
+    count = flags.pop("seeds")
+    if count < 1:
+        raise InputError(f"--seeds {count}: out of range")
+    seeds = range(flags["seed"], flags["seed"] + count)
     configs = []
     for method, vectors, seed in itertools.product(flags["method"], flags["embeddings"], seeds):
         configs.append(Config(**flags | {"method": method, "embeddings": vectors, "seed": seed}))
     return configs, history
 
+def show_recommendations(config, history):
+    """Print what a finished run recommends; nothing is prepared where there is none."""
+    folder = run_folder(config)
+    if not (folder / "table.md").exists():
+        raise InputError(f"{folder} holds no finished run; train it without --recommend first")
+    run = open_run(config)
+    best = recommend(run, history)
+    titles = dict(zip(run.domain.item_ids, run.domain.titles))
+    print("after " + ", ".join(f"{item} {titles[item][:40]}" for item in history))
+    for rank, (item, title, score) in enumerate(best, 1):
+        print(f"{rank:2}  {score:.4f}  {item}  {title[:70]}")
+
+def run_all(configs):
+    """Check all runs, then do one after the other."""
+    first = open_run(configs[0])
+    runs = [first, *(open_run(config, first.domain) for config in configs[1:])]
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {first.device}\n"
+          f"{data.describe(first.domain)}")
+    if first.config.model == "tiny" and first.config.domain != "sample":
+        print("note: --model tiny has random weights and knows the sample world's words only: it "
+              "tries your files, and says nothing of the method on them")
+    for run in runs:
+        check_folder(run)
+    for run in runs:
+        execute(run)
+
 def main(argv=None):
-    """The exit code: 0, or 2 after one line on what the user can mend."""
+    """The exit code: 0; 2 after one line on what the user can mend; 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers|peft")
+    code = 2
     try:
         configs, history = parse_config(argv)
-        runs = [open_run(config) for config in configs]
-        print(f"torch {torch.__version__}, transformers {transformers.__version__}, "
-              f"{runs[0].device}\n{data.describe(runs[0].domain)}")
-        for run in runs:
-            if history is None:
-                execute(run)
-            else:
-                recommend(run, history)
+        if history is None:
+            run_all(configs)
+        else:
+            show_recommendations(configs[0], history)
         return 0
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
@@ -1159,9 +1466,10 @@ def main(argv=None):
             raise
         message = "out of memory: try --checkpointing on, a smaller --image-size or --batch"
     except KeyboardInterrupt:
-        message = "stopped; the same command goes on from the last checkpoint"
+        message = "stopped; the same command goes on from the last checkpoint, if there is one"
+        code = 130
     print("error:", " ".join(message.split())[:500], file=sys.stderr)
-    return 2
+    return code
 
 if __name__ == "__main__":
     sys.exit(main())
