@@ -1610,7 +1610,7 @@ def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys)
 
 @pytest.mark.parametrize("name, content, words", [
     ("config.json", b"{", "config.json is missing or damaged"),
-    ("checkpoint.pt", b"PK, half of it", "checkpoint.pt is damaged; remove it to begin anew")])
+    ("checkpoint.pt", b"PK, half of it", "checkpoint.pt cannot be gone on with; remove it to begin anew")])
 def test_a_damaged_file_of_a_run_is_named(name, content, words, copied, capsys):
     folder = copied / "runs" / "few" / "vlm2rec-seed0"
     (folder / name).write_bytes(content)
@@ -1704,7 +1704,7 @@ def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, caps
     shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-10:]]
     best = enumerate(zip(*scores.topk(10)), 1)
     assert shown == [[str(rank), f"{score:.4f}", item_ids[item]] for rank, (score, item) in best]
-    told(capsys, recommend("i1", "nosuch"), "few has no item nosuch")
+    told(capsys, recommend("i1", "nosuch"), "few lacks nosuch (")
     told(capsys, recommend(), "at least one item id")
 
 def test_drawings_tell_titles_apart_and_frame_the_target(few):

@@ -18,18 +18,15 @@ embeddings are the input of another recommender, SASRec or GRU4Rec. Protocol, le
                 evaluation: 100 items outside the user's sequence, drawn once per seed
 
 A training step makes four forward passes: histories and targets, each as text and as pictures.
-Validation chooses the epoch; the test split is scored once, after training. Losses are means over
-the batch where Eqs. 3 and 10 have sums, so that lam does not depend on B.
+Validation chooses the epoch; the test split is scored once, after training.
 
 Glossary, code -> paper:
     z, e          z_u, e_i: embeddings of histories, of items; dicts "text", "vision", "fused"
-    sim           s(z_u, e_j): cosine similarity of a batch's users and targets
-    mask          N_u: which of the batch's targets are negatives for which user
+    sim, mask     s(z_u, e_j) of a batch's users and targets; N_u: which are negatives for whom
     gap, weight   Delta_u,gap and w_u,pen
     tau           tau and tau_WPCL; tau_crtr: tau_CRTR; lam: lambda
-    B, U, n       users in a batch, users in a ranking, histories in a call
-    N, C          items of the catalogue; candidates beside the target (H@k and N@k are metrics)
-    L, P, D       tokens of a prompt; tokens of a picture; width of an embedding
+    B, U, n, N, C users in a batch, in a ranking; histories in a call; items; candidates of a user
+    L, P, D       tokens of a prompt, of a picture; width of an embedding (H@k, N@k are metrics)
 """
 import argparse
 import contextlib
@@ -103,40 +100,31 @@ METHODS = {
     "mean-pool": Method(trains=False),
 }
 
-PATH = os.path.expanduser  # a shell leaves the tilde of --out=~/x
-
-def setting(default, help, type=None, **flag):
-    """A field of Config, and in its metadata what argparse's add_argument takes for its flag."""
-    flag |= {"help": f"{help} ({default})", "type": type or default.__class__}
-    return field(default=default, metadata=flag)
+def setting(default, help, **flag):
+    """A field of Config; `help` and `flag` are argparse's, for `parse_config`."""
+    shown = f"{help} ({default})" if default not in (None, "") else help
+    return field(default=default, metadata={"help": shown, **flag})
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the paper's unless the line says otherwise; None
-    is resolved below, as it depends on others. Raises InputError."""
-    domain: str = setting("sample", "a path or, under --data-dir, also " + ", ".join(data.KNOWN),
-                          type=PATH)
+    """Every setting of a run. The defaults are the paper's unless the line says otherwise; what is
+    None depends on others, and is filled in by `complete`. Raises InputError."""
+    domain: str = setting("sample", "a path or, under --data-dir, also " + ", ".join(data.KNOWN))
     method: str = setting("vlm2rec", ", ".join(METHODS), nargs="+", choices=METHODS, metavar="NAME")
-    model: str | None = setting(None, f"hub name or folder; sample: tiny; else {PAPERS_MODEL}",
-                              type=PATH)
+    model: str = setting(None, f"hub name or folder; sample: tiny; else {PAPERS_MODEL}")
     revision: str = setting("main", "branch, tag or commit of a model on the hub")
-    adapter: str = setting("", "folder of an adapter to evaluate instead of training (Table 6)",
-                           type=PATH)
-    embeddings: str = setting("", "vectors in place of item ids: .safetensors, .npy", nargs="+",
-                              type=PATH)
+    adapter: str = setting("", "folder of an adapter to evaluate instead of training (Table 6)")
+    embeddings: str = setting("", "vectors in place of item ids: .safetensors, .npy", nargs="+")
     seed: int = setting(0, "of LoRA, dropout, the users' order, the negatives")
     device: str = setting("auto", "auto: CUDA if it is there", choices=["auto", "cuda", "cpu"])
-    data_dir: str = setting("domains", "where the domains lie", type=PATH)
-    out: str = setting("runs", "results go to OUT/DOMAIN/METHOD-seedSEED", type=PATH)
+    data_dir: str = setting("domains", "where the domains lie")
+    out: str = setting("runs", "results go to OUT/DOMAIN/METHOD-seedSEED")
     epochs: int = setting(3, "the best on validation is kept")
     batch: int = setting(8, "users in a step (B)")
     history: int = setting(10, "latest items of a user in the prompt")
-    image_size: int | None = setting(None, "side of a picture in pixels; tiny: 56; else 168, ours",
-                                   type=int)
-    lr: float | None = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5",
-                              type=float)
-    alpha: float = setting(1.0, "where alpha starts: at 1 the weight is all but constant, from about "
-                           "5 on the gap acts, vision gains and text pays; ours")
+    image_size: int = setting(None, "side of a picture in pixels; tiny: 56; else 168, ours")
+    lr: float = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5")
+    alpha: float = setting(1.0, "its start, ours; from about 5 on the gap acts, and text pays")
     penalty_lr: float = setting(1e-5, "AdamW's for alpha and beta; 0: frozen")
     tau: float = setting(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = setting(1.0, "and of the topology loss; paper: .001, .01, .1 or 1")
@@ -144,33 +132,15 @@ class Config:
     lora_rank: int = setting(16, "rank of LoRA")
     lora_alpha: int = setting(32, "LoRA's update is multiplied by alpha / rank")
     lora_dropout: float = setting(0.2, "dropout in front of LoRA")
-    checkpointing: str | None = setting(None, "of activations, for memory; tiny: off; else on",
-                                      type=str, choices=["on", "off"])
-    train_users: int | None = setting(None, "train on so many users (Table 7); else all", type=int)
+    checkpointing: str = setting(None, "of activations; tiny: off; else on", choices=["on", "off"])
+    train_users: int = setting(None, "train on so many users (Table 7); else all")
     log_every: int = setting(50, "steps between two lines of the log")
     save_every: int = setting(200, "steps between two checkpoints")
 
     def __post_init__(self):
-        if self.model is None:
-            self.model = "tiny" if self.domain == "sample" else PAPERS_MODEL
-        tiny = self.model == "tiny"  # random weights need a larger rate, and no large pictures
-        depends = {"lr": 1e-3 if tiny else 1e-5, "image_size": 56 if tiny else 168,
-                   "checkpointing": "off" if tiny else "on"}
-        for name, value in depends.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        check_ranges(self)
+        complete(self)
 
 # ---- Prompts and encoder (Section 2.2) ----
-
-QWEN = ("<|vision_start|>", "<|vision_end|>")
-IDEFICS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
-AROUND_A_PICTURE = {  # model family: what stands before and after a picture's tokens
-    "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "qwen3_5": QWEN, "smolvlm": IDEFICS,
-    "idefics3": IDEFICS, "internvl": ("<img>", "</img>"), "llava": ("", ""),
-    "llava_onevision": ("", ""),
-    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n"),
-}
 
 def pad(rows, value):
     """(B, L) from B lists, padded on the right."""
@@ -212,7 +182,6 @@ class Encoder:
     closing token; an item is a history of one. The paper's template is missing from our text. The
     vision tower and its projector are frozen, so their features of the items (N, levels, P, D) are
     computed once, and no pass needs them; Qwen3-VL's DeepStack has several levels."""
-
     def __init__(self, vlm, tokenizer, titles, features):
         self.vlm = vlm
         self.features = features
@@ -220,9 +189,10 @@ class Encoder:
         plain = {"add_special_tokens": False, "split_special_tokens": True}  # "<|im_end|>" is text
         self.titles = tokenizer(titles, truncation=True, max_length=TITLE_TOKENS, **plain).input_ids
         self.newline = tokenizer("\n", **plain).input_ids
-        marks = list(AROUND_A_PICTURE[vlm.config.model_type])
+        marks = list(AROUND_A_PICTURE.get(vlm.config.model_type, ("", "")))
         before, after = tokenizer(marks, add_special_tokens=False).input_ids
-        self.picture = before + [vlm.config.image_token_id] * features.shape[2] + after
+        image = [getattr(vlm.config, "image_token_id", None)] * features.shape[2]
+        self.picture = before + image + after
         self.opening = [id for id in tokenizer("").input_ids if id == tokenizer.bos_token_id]
         self.closing = [tokenizer.eos_token_id]
 
@@ -281,8 +251,9 @@ def fuse(parts):
 
 def cosine(z, e):
     """s(z, e): the cosine of every row of z (n, D) with every row of e (m, D): (n, m)."""
-    z = torch.nn.functional.normalize(z, dim=-1)
-    e = torch.nn.functional.normalize(e, dim=-1)
+    exact = torch.promote_types(z.dtype, torch.float32)  # in bfloat16 many would tie
+    z = torch.nn.functional.normalize(z.to(exact), dim=-1)
+    e = torch.nn.functional.normalize(e.to(exact), dim=-1)
     return z @ e.T
 
 def negative_mask(targets, earlier):
@@ -299,8 +270,7 @@ def weighted_info_nce(sim, mask, weight, tau):
 
         -log( exp(s+ / tau) / (exp(s+ / tau) + w * sum over negatives of exp(s- / tau)) )
 
-    which is a cross-entropy, since w * exp(x) = exp(x + log w). A user without a negative adds 0.
-    """
+    a cross-entropy, since w * exp(x) = exp(x + log w). A user without a negative adds 0."""
     positive = torch.eye(len(sim), dtype=torch.bool, device=sim.device)  # (B, B)
     logits = sim / tau
     logits = torch.where(positive, logits, logits + weight.log()[:, None])
@@ -370,14 +340,12 @@ class Penalty(nn.Module):
     They can only fall: a user's loss is log(1 + w R), R = sum exp(s- / tau) / exp(s+ / tau), which
     grows with w, and w with both. A high learning rate would switch the method off; so they have
     their own, the paper's 1e-5, whatever LoRA's is."""
-
     def __init__(self, alpha=1.0):
         super().__init__()
         start = torch.tensor([alpha, 1.0])
         self.raw = nn.Parameter(start.expm1().log())  # softplus of it is the start
 
     def forward(self):
-        """alpha, beta: scalars."""
         return torch.nn.functional.softplus(self.raw).unbind()
 
 # ---- Evaluation (Section 5.1.3): leave-one-out, 100 negatives ----
@@ -408,8 +376,7 @@ def make_evaluation(domain, split, length, seed):
     if split == "valid" and len(users) > VALIDATION_USERS:
         users = sorted(random.Random(f"{seed} validation users").sample(users, VALIDATION_USERS))
     sequences = [domain.sequences[user] for user in users]
-    cases = [leave_one_out(sequence, split, length) for sequence in sequences]
-    histories, targets, _ = zip(*cases)
+    histories, targets, _ = zip(*[leave_one_out(own, split, length) for own in sequences])
     items = len(domain.item_ids)
     negatives = [draw_negatives(domain.user_ids[user], sequence, items, split, seed)
                  for user, sequence in zip(users, sequences)]
@@ -453,7 +420,6 @@ def evaluate(z, e, cases, score=cosine, full=False):
 class VLM2Rec(nn.Module):
     """The method. Its state is LoRA, alpha and beta: the encoder, no Module, stays out."""
     score = staticmethod(cosine)
-
     def __init__(self, encoder, config):
         super().__init__()
         self.encoder = encoder
@@ -490,13 +456,6 @@ class VLM2Rec(nn.Module):
             terms[name] = MORE_TERMS[name](sim, e, mask, config.tau)
             terms["loss"] = terms["loss"] + config.lam * terms[name]
         return terms
-
-    def get_extra_state(self):
-        return self.encoder.vlm.commit
-
-    def set_extra_state(self, commit):
-        if commit != self.encoder.vlm.commit:
-            raise InputError(f"--model {self.config.model} has changed since; --revision {commit}")
 
     def embed(self, histories):
         """z of n histories and e of the catalogue: (n, D) and (N, D) in each space."""
@@ -555,22 +514,28 @@ def train(model, domain, valid, config, folder):
         log_step(folder, step, left, terms, progress["seconds"], {"epoch": epoch, **scores})
         if scores["N@10"] > progress["scores"][progress["best"]]["N@10"]:
             progress |= {"best": epoch, "kept": copy.deepcopy(model.state_dict())}
-        progress["scores"].append(scores)
-        progress["epoch"] = epoch
+        progress |= {"epoch": epoch, "scores": [*progress["scores"], scores]}
         save_checkpoint(folder, model, optimizer, progress)
     model.load_state_dict(progress["kept"])
     return progress["scores"], progress["best"]
 
 # ---- The method ends here. What follows runs it: none of it is needed to understand it. ----
 
-def check_ranges(config):
-    """Raise InputError for a setting that is out of range, or that the method does not read."""
-    least = {"seed": 0, "lr": 1e-30, "penalty_lr": 0, "tau": 1e-6, "tau_crtr": 1e-6, "lam": 0,
-             "lora_dropout": 0, "batch": 2}  # of all others 1
-    below = {"lora_dropout": 1}
+def complete(config):
+    """Fill in what depends on other settings; InputError for what is out of range or not read."""
+    if config.model is None:
+        config.model = "tiny" if config.domain == "sample" else PAPERS_MODEL
+    tiny = config.model == "tiny"  # random weights need a larger rate, and no large pictures
+    depends = {"lr": 1e-3 if tiny else 1e-5, "image_size": 56 if tiny else 168,
+               "checkpointing": "off" if tiny else "on"}
+    for name, value in depends.items():
+        if getattr(config, name) is None:
+            setattr(config, name, value)
+    least = {"seed": 0, "lr": 1e-30, "alpha": 1e-6, "penalty_lr": 0, "tau": 1e-6, "tau_crtr": 1e-6,
+             "lam": 0, "lora_dropout": 0, "batch": 2}  # of all others 1
     for name, value in asdict(config).items():
-        number = isinstance(value, (int, float))
-        if number and not least.get(name, 1) <= value < below.get(name, 2**31):
+        below = 1 if name == "lora_dropout" else 2**31
+        if isinstance(value, (int, float)) and not least.get(name, 1) <= value < below:
             raise InputError(f"--{name.replace('_', '-')} {value}: out of range")
     unread = config.embeddings if METHODS[config.method].modalities else config.adapter
     if unread:
@@ -621,6 +586,14 @@ def geometry(z, e, test):
 
 # ---- Loading: any of ten families by one path ----
 
+QWEN = ("<|vision_start|>", "<|vision_end|>")
+IDEFICS = ("<fake_token_around_image><global-img>", "<fake_token_around_image>")
+AROUND_A_PICTURE = {  # model family: what stands before and after a picture's tokens
+    "qwen2_vl": QWEN, "qwen2_5_vl": QWEN, "qwen3_vl": QWEN, "qwen3_5": QWEN, "smolvlm": IDEFICS,
+    "idefics3": IDEFICS, "internvl": ("<img>", "</img>"), "llava": ("", ""),
+    "llava_onevision": ("", ""),
+    "gemma3": ("\n\n<start_of_image>", "<end_of_image>\n\n"),
+}
 ADAPTER_INSIDE = "an adapter is in its folder: merge it, or give it as --adapter"
 EXPERTS = 4  # into which SDA's MoDA cuts LoRA's rank
 
@@ -636,27 +609,30 @@ def readable(what):
 
 def token_side(config):
     """The side of a picture's token in pixels; 0 where the tower scales to a size of its own."""
-    vision = config.vision_config
-    return getattr(vision, "spatial_merge_size", 0) and vision.patch_size * vision.spatial_merge_size
+    merged = getattr(config.vision_config, "spatial_merge_size", 0)  # patches
+    return merged and merged * config.vision_config.patch_size
 
-def check_family(config, image_size):
+def check_family(config, settings):
     """InputError if a model's config.json is of no family that we know, or of another tower."""
+    if METHODS[settings.method].modalities == ("text",) and not hasattr(config, "vision_config"):
+        return  # a language model
     if config.model_type not in AROUND_A_PICTURE or config.vision_config.model_type == "pixtral":
         raise InputError(f"--model is of type {config.model_type}, or its pictures vary in size; "
                          f"take one of {', '.join(AROUND_A_PICTURE)}")
     side = token_side(config)
-    if side and image_size % side:
-        raise InputError(f"--image-size {image_size}: take a multiple of {side}")
-    if not side and image_size not in (56, 168):
+    if side and settings.image_size % side:
+        raise InputError(f"--image-size {settings.image_size}: take a multiple of {side}")
+    if not side and settings.image_size not in (56, 168):
         print("note: this model scales pictures to its own size, --image-size has no effect")
 
 def load_vlm(model, revision, device):
-    """(model without its head, tokenizer, image processor); bfloat16 on CUDA, float32 on a CPU."""
+    """(model without its head, tokenizer, image processor; None for a language model's); bfloat16
+    on CUDA, float32 on a CPU."""
     print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
-    load = functools.partial(
-        transformers.AutoModel.from_pretrained, model, use_safetensors=True,
-        dtype=torch.bfloat16 if device == "cuda" else torch.float32, output_loading_info=True, **hub)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    load = functools.partial(transformers.AutoModel.from_pretrained, model, dtype=dtype,
+                             use_safetensors=True, output_loading_info=True, **hub)
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
         vlm, report = load()
         if report["missing_keys"]:  # perhaps saved with its head, as transformers 5 names it
@@ -667,9 +643,13 @@ def load_vlm(model, revision, device):
             raise ValueError(ADAPTER_INSIDE)
         file = transformers.utils.cached_file(model, "config.json", local_files_only=True, **hub)
         tokenizer = transformers.AutoTokenizer.from_pretrained(model, **hub)
-        processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)
+        processor = None
+        if hasattr(vlm.config, "vision_config"):
+            processor = transformers.AutoImageProcessor.from_pretrained(model, backend="pil", **hub)
+            processor.crop_to_patches = False  # no family's pictures are cut into tiles
+            processor.do_image_splitting = False
+            processor.do_pan_and_scan = False
     vlm.commit = (re.findall("/snapshots/([^/]+)/", file) or [None])[0]  # of the hub's cache
-    vars(processor).update(crop_to_patches=False, do_image_splitting=False, do_pan_and_scan=False)
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 def square_picture(path, side):
@@ -693,9 +673,10 @@ def encode_pictures(vlm, processor, image_size, paths, batch=32):
         pixels = processor(images=[pictures], do_resize=own_size, return_tensors="pt")
         inputs = {name: pixels[name].to(vlm.device) for name in pixels if name in known}
         encoded = vlm.get_image_features(**inputs)
-        levels = [torch.stack(list(encoded.pooler_output))]  # raises where pictures vary in tokens
-        for level in getattr(encoded, "deepstack_features", None) or []:
-            levels.append(torch.cat(list(level)).view_as(levels[0]))
+        if len({len(picture) for picture in encoded.pooler_output}) > 1:
+            raise ValueError("its pictures vary in tokens")
+        levels = [encoded.pooler_output, *(getattr(encoded, "deepstack_features", None) or [])]
+        levels = [torch.cat(list(level)).unflatten(0, (len(pictures), -1)) for level in levels]
         levels = torch.stack(levels, dim=1)[:-1].cpu()  # (batch, levels, P, D)
         if features is None:
             features = levels.new_empty(len(paths), *levels.shape[1:])
@@ -708,12 +689,16 @@ def build_encoder(run):
     never be another tower's."""
     model = data.prepare_model(run.config.model, Path(run.config.data_dir))
     vlm, tokenizer, processor = load_vlm(model, run.config.revision, run.device)
-    check_family(vlm.config, run.config.image_size)
+    check_family(vlm.config, run.config)
     encode = functools.partial(encode_pictures, vlm, processor, run.config.image_size)
-    with readable(f"--model {model} reads no pictures"):
-        first = encode(run.domain.pictures[:1])
+    first = torch.empty(1, 1, 0, 0)  # where no picture is read
+    if run.method.modalities != ("text",):
+        with readable(f"--model {model} reads no pictures"):
+            first = encode(run.domain.pictures[:1])
     encoder = Encoder(vlm, tokenizer, run.domain.titles, first)
     check_prompts(encoder, tokenizer, run)
+    if run.method.modalities == ("text",):
+        return encoder
     key = hashlib.sha256(run.domain.digest.encode() + first.float().numpy().tobytes())
     path = run.folder.parent / f"features-{key.hexdigest()[:16]}.safetensors"
     data.prepare(path, path, lambda: save_tensors(path, {"features": encode(run.domain.pictures)}))
@@ -727,17 +712,18 @@ def check_prompts(encoder, tokenizer, run):
     """Say what a picture and a long title take. InputError if the tokenizer lacks what a prompt
     needs, or a prompt exceeds the context."""
     vlm = encoder.vlm
-    marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE[vlm.config.model_type]))
+    marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE.get(vlm.config.model_type, "")))
     lost = [mark for mark in marks if mark not in tokenizer.get_vocab()]
-    used = set().union(encoder.newline, encoder.picture, encoder.opening, *encoder.titles)
-    rows = len(vlm.get_input_embeddings().weight)
-    if (not all(encoder.titles) or not encoder.newline or None in encoder.closing
-            or lost and "vision" in run.method.modalities):
-        raise InputError(f"the tokenizer of --model {run.config.model} has no words, no end or no "
+    if run.method.modalities == ("text",):
+        lost = []
+    if not all([*encoder.titles, encoder.newline, tokenizer.eos_token, not lost]):
+        raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
                          f"{lost}: are tokenizer.json and tokenizer_config.json there?")
-    if max(used | set(encoder.closing)) >= rows:
-        raise InputError(f"the tokenizer of --model {run.config.model} gives token {max(used)}, "
-                         f"the model has {rows}: they do not belong together")
+    most = max(set().union(encoder.picture, encoder.prompt([], "text"), *encoder.titles))
+    rows = len(vlm.get_input_embeddings().weight)
+    if most >= rows:
+        raise InputError(f"the tokenizer of --model {run.config.model} gives token {most}, the "
+                         f"model has {rows}: they do not belong together")
     context = vlm.config.get_text_config().max_position_embeddings
     for split, sequence in itertools.product(("train", "valid", "test"), run.domain.sequences):
         history, _, _ = leave_one_out(sequence, split, run.config.history)
@@ -755,7 +741,7 @@ def add_lora(vlm, config):
     place = next(name for name, module in vlm.named_modules() if module is decoder)
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=rf"{re.escape(place)}\..*_proj\w*",
+        target_modules=rf"{re.escape(place)}.*_proj\w*",
         revision=vlm.commit or config.revision)
     with readable(f"LoRA, or --adapter {config.adapter}, does not fit --model and --method"):
         if config.adapter:
@@ -811,13 +797,13 @@ class Run(NamedTuple):
 
 def run_folder(config):
     """Where a run's results go: OUT/DOMAIN/METHOD-seedSEED, with the name of what is given."""
-    domain = os.path.basename(os.path.abspath(data.check_domain(config.domain, Path(config.data_dir))))
+    source = os.path.abspath(data.check_domain(config.domain, Path(config.data_dir)))
     name = config.method
     given = config.adapter or config.embeddings
     if given:
         words = re.sub(r"-seed\d+|\.\w+$", "", given)
         name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
-    return Path(config.out, domain, f"{name}-seed{config.seed}")
+    return Path(config.out, os.path.basename(source), f"{name}-seed{config.seed}")
 
 def open_run(config, domain=None):
     """Prepare and read what a run needs, unless the domain is given. What can be known of the
@@ -855,7 +841,7 @@ def check_model(config, device):
             raise ValueError(ADAPTER_INSIDE)
         known = transformers.AutoConfig.from_pretrained(
             model, revision=config.revision, local_files_only=True, trust_remote_code=False)
-        check_family(known, config.image_size)
+        check_family(known, config)
 
 def digest_of(path):
     """Of a file's content, or of the files that a model's or an adapter's folder is loaded from."""
@@ -914,6 +900,10 @@ def save_tensors(path, tensors, metadata=None):
     with data.whole_file(path) as partial, readable(f"{path} cannot be written"):
         save_file(tensors, partial, metadata)
 
+def commit_of(model):
+    """The commit on the hub of the model under a recommender, if it is from there, or None."""
+    return model.encoder.vlm.commit if isinstance(model, VLM2Rec) else None
+
 def trim_log(folder, step):
     """Leave in log.jsonl the lines up to a step: what follows it is done again."""
     path = folder / "log.jsonl"
@@ -940,6 +930,7 @@ def save_checkpoint(folder, model, optimizer, progress):
     FloatingPointError, and leaves the last one, if a weight is not finite."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f"by step {progress['step']} a weight is not finite; lower --lr")
+    progress["commit"] = commit_of(model)
     content = io.BytesIO()  # on a full disk, torch's own write would not raise an OSError
     torch.save([model.state_dict(), optimizer.state_dict(), progress], content)
     with data.whole_file(folder / "checkpoint.pt") as partial:
@@ -950,8 +941,10 @@ def load_checkpoint(folder, model, optimizer):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return {}
-    with readable(f"{path} is damaged; remove it to begin anew"):
+    with readable(f"{path} cannot be gone on with; remove it to begin anew"):
         weights, moments, progress = torch.load(path, weights_only=True, map_location="cpu")
+        if progress["commit"] != commit_of(model):
+            raise ValueError(f"--model has changed since, its commit was {progress['commit']}")
         model.load_state_dict(weights)
         optimizer.load_state_dict(moments)
         print(f"going on after step {progress['step']}")
@@ -1016,8 +1009,7 @@ def run_method(run):
             ends = {"first": epochs[0], "last": epochs[-1]}
             collapse["gradient"] = {name: {m: scores[f"cos_{m}"] for m in BOTH}
                                     for name, scores in ends.items()}
-    if run.method.modalities:
-        scores["commit"] = model.encoder.vlm.commit
+    scores["commit"] = commit_of(model)
     ranks = [evaluate(z["fused"], e["fused"], test, model.score, full) for full in (False, True)]
     return write_results(run, test, ranks, scores, collapse)
 
@@ -1061,7 +1053,7 @@ def verdict(ranks, popular, scores):
     if clear:
         word = "above" if above.mean() > 0 else "BELOW"
     text = (f"The test's N@10, {scores['test']['N@10']:.4f}, is {word} that of {name}, "
-            f"{scores[name]['N@10']:.4f}: {mean_and_error(above)} (standard error over the users).\n")
+            f"{scores[name]['N@10']:.4f}: {mean_and_error(above)} (standard error, over users).\n")
     if "untrained" in scores and scores["valid"]["N@10"] < scores["untrained"]["N@10"] + 0.001:
         text += "On validation, no epoch was better than the untrained model: nothing was learnt.\n"
     return text
@@ -1176,7 +1168,7 @@ def comparison(folder, settings):
     return text + "".join(lost)
 
 # ---- Terms that the paper's loss has not: the simplest control there is, and SDA's ----
-# SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA here, MoDA in the model.
+# SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA, and MoDA's gates.
 
 def unimodal(sim, e, mask, tau):
     """Each modality's own InfoNCE on the batch's similarities sim (B, B), added."""
@@ -1350,8 +1342,8 @@ def draw_users(run, test, z, e, score):
     for user in (0, len(test.targets) // 2):
         sheet = draw(run.domain, *protocol_rows(run, test, z, e, score, user))
         heading = Image.new("RGB", (sheet.width, 24), "white")
-        ImageDraw.Draw(heading).text((6, 8), f"{run.config.method}, user "
-                                     f"{run.domain.user_ids[user]}; green: what was bought next", "black")
+        words = f"{run.config.method}, user {run.domain.user_ids[user]}; green: bought next"
+        ImageDraw.Draw(heading).text((6, 8), words, "black")
         sheets.append(numpy.vstack([heading, sheet]))
     with data.whole_file(run.folder / "recommendations.png") as partial:
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
@@ -1368,7 +1360,7 @@ def recommend(run, history, k=10):
             (before["data"] != run.domain.digest, "its catalogue has changed since"),
             (run.method.trains and not adapter.exists(), f"{adapter} is missing"),
             (not history, "give at least one item id, the oldest first"),
-            (unknown, f"{run.domain.name} has no item {' '.join(unknown)} (--recommend comes last)")):
+            (unknown, f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)")):
         if wrong:
             raise InputError(f"{run.folder} cannot recommend: {why}")
     known = {name: before[name] for name in asdict(run.config) if name in before}
@@ -1383,11 +1375,11 @@ def recommend(run, history, k=10):
     with readable(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
         e = file.get_tensor("fused")
     items = [ids.index(item) for item in history]
-    encoder = make_model(run)[0].encoder
+    model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
-    if commit != encoder.vlm.commit:
+    if commit != commit_of(model):
         raise InputError(f"--model {known['model']} has changed since: give --revision {commit}")
-    z = encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
+    z = model.encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
     best = zip(*best_items(cosine(z, e)[0], items, k))
     return [(ids[item], run.domain.titles[item], score.item()) for score, item in best]
 
@@ -1399,8 +1391,9 @@ def parse_config(argv):
                                      usage="python vlm2rec.py [--flag value ...]")
     for option in fields(Config):
         flag = "--" + option.name.replace("_", "-")
+        kind = os.path.expanduser if option.type is str else option.type  # --out=~/x
         default = [option.default] if "nargs" in option.metadata else option.default
-        parser.add_argument(flag, default=default, **option.metadata)
+        parser.add_argument(flag, type=kind, default=default, **option.metadata)
     parser.add_argument("--seeds", type=int, default=1, help="so many runs, from --seed on (1)")
     parser.add_argument("--recommend", nargs=argparse.REMAINDER, metavar="ITEM",
                         help="last: a finished run's top ten after these items, oldest first")
