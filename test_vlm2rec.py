@@ -34,6 +34,7 @@ import unicodedata
 import warnings
 import weakref
 from pathlib import Path
+from typing import NamedTuple
 from unittest.mock import Mock, patch
 
 import numpy
@@ -152,8 +153,7 @@ def loop_value(name, t, mask, held):
 def fast_value(name, t, mask):
     """The same by vlm2rec: a step of VLM2Rec whose encoder gives these embeddings."""
     method = name if name in vlm2rec.METHODS else "vlm2rec"
-    config = vlm2rec.Config(method=method, tau=TAU, tau_crtr=TAU_CRTR, lam=LAM)
-    model = vlm2rec.VLM2Rec(Mock(**{"vlm.parameters.return_value": [], "device": "cpu"}), config)
+    model = untrained_model(method=method, tau=TAU, tau_crtr=TAU_CRTR, lam=LAM)
     spaces = [name] if name in MODALITIES else MODALITIES
     z, e = (vlm2rec.fuse({m: t[f"{side}_{m}"] for m in spaces}) for side in "ze")
     model.forward = lambda batch: (z, e, mask)
@@ -208,8 +208,15 @@ def test_topology_by_hand_and_in_both_directions():
     assert topology(one, one + 3, TAU).item() == pytest.approx(0, abs=1e-5)  # equal geometries
     assert topology(other, other - 1, TAU) == 0  # two constant spaces: the loss's shortcut
 
-def test_alpha_and_beta_start_at_1_and_only_ever_fall():
-    penalty = vlm2rec.Penalty()
+def untrained_model(**settings):
+    """A model whose encoder is none: for what needs its settings alone."""
+    encoder = Mock(**{"vlm.parameters.return_value": [], "device": "cpu"})
+    return vlm2rec.VLM2Rec(encoder, vlm2rec.Config(**settings))
+
+@pytest.mark.parametrize("alpha", [1, 5])
+def test_alpha_and_beta_start_at_1_and_only_ever_fall(alpha):
+    """Or alpha where --alpha says."""
+    penalty = untrained_model(alpha=float(alpha)).penalty
     optimizer = torch.optim.SGD(penalty.parameters(), lr=0.5)
     values = []
     for step in range(20):
@@ -218,9 +225,17 @@ def test_alpha_and_beta_start_at_1_and_only_ever_fall():
         optimizer.zero_grad()
         vlm2rec.weighted_info_nce(torch.rand(2, 2), OFF_DIAGONAL, weight, 0.1).backward()
         optimizer.step()
-    assert values[0] == pytest.approx([1, 1])
+    assert values[0] == pytest.approx([alpha, 1])
     for falling in zip(*values):
         assert min(falling) > 0 and list(falling) == sorted(set(falling), reverse=True)
+
+def test_cosines_are_computed_in_float32_at_least():
+    """In bfloat16 many different items would tie."""
+    z, e = torch.randn(2, 40, 8).bfloat16()
+    found = vlm2rec.cosine(z, e)
+    assert found.dtype == torch.float32
+    assert found.tolist() == [pytest.approx(row, abs=1e-6) for row in loop_sim(z.tolist(), e.tolist())]
+    assert vlm2rec.cosine(z.double(), e.double()).dtype == torch.float64
 
 def test_negative_mask_by_hand():
     """Users 0 and 1 share target 4. User 2 bought 6 before, user 3's target; 3 buys 5 later on."""
@@ -257,6 +272,56 @@ def test_each_piece_runs_when_pasted_alone_beside_torch(name):
     exec("import torch\n" + "\n".join(pieces), pasted)
     expected = getattr(vlm2rec, name)(*PIECES[name])
     torch.testing.assert_close(pasted[name](*PIECES[name]), expected)
+
+# Methods and settings, as literals ---------------------------------------------------------------
+
+WEIGHTED = "gap weight alpha beta wpcl"
+METHODS = {  # what is encoded in passes of its own, (titles?, pictures?); what is logged; None: no training
+    "vlm2rec": ("text vision", f"{WEIGHTED} crtr"),
+    "sft": ("text vision", "infonce"),
+    "vanilla": ("text vision", None),
+    "text": ("text", "infonce"),
+    "vision": ("vision", "infonce"),
+    "internal": ("interleaved", "infonce"),
+    "internal-vanilla": ("interleaved", None),
+    "no-wpcl": ("text vision", "crtr"),
+    "no-penalty": ("text vision", "infonce crtr"),
+    "no-stopgrad": ("text vision", f"{WEIGHTED} crtr"),
+    "no-crtr": ("text vision", WEIGHTED),
+    "no-gap": ("text vision", f"{WEIGHTED} crtr"),
+    "unimodal": ("text vision", "infonce unimodal"),
+    "vlm2rec+unimodal": ("text vision", f"{WEIGHTED} crtr unimodal"),
+    "sda": ("text vision", "infonce cmsa"),
+    "sasrec": ("", ""),
+    "gru4rec": ("", "")}
+
+def test_the_defaults_are_the_papers():
+    """Section 5.1.1; batch, history and rates hold for every command of the README."""
+    papers = dict(
+        domain="toys", method="vlm2rec", model="Qwen/Qwen2.5-VL-3B-Instruct", revision="main",
+        adapter="", embeddings="", seed=0, device="auto", data_dir="domains", out="runs", epochs=3,
+        batch=8, history=10, image_size=168, lr=1e-5, alpha=1.0, penalty_lr=1e-5, tau=0.1,
+        tau_crtr=1.0, lam=0.5, lora_rank=16, lora_alpha=32, lora_dropout=0.2, checkpointing="on",
+        train_users=None, log_every=50, save_every=200)
+    tiny = {"model": "tiny", "image_size": 56, "lr": 1e-3, "checkpointing": "off"}
+    for flags, expected in ((["--domain", "toys"], papers), ([], papers | tiny | {"domain": "sample"}),
+                            (["--domain", "toys", "--model", "tiny"], papers | tiny)):
+        [config], history = vlm2rec.parse_config(flags)
+        assert vars(config) == expected == vars(vlm2rec.Config(**vars(config))) and history is None
+    given = dict(image_size=84, lr=1e-4, checkpointing="on")
+    assert vars(vlm2rec.Config(model="tiny", **given)).items() >= given.items()
+
+def test_several_methods_files_and_seeds_are_runs_of_their_own():
+    flags = ["--method", "sft", "vlm2rec", "--seed", "3", "--seeds", "2"]
+    configs, _ = vlm2rec.parse_config(flags)
+    found = [(config.method, config.seed) for config in configs]
+    assert found == [("sft", 3), ("sft", 4), ("vlm2rec", 3), ("vlm2rec", 4)]
+
+def test_each_part_is_trained_at_its_own_rate():
+    model = untrained_model(lr=0.5, penalty_lr=0.25)
+    lora, penalty = model.groups
+    assert [group["lr"] for group in model.groups] == [0.5, 0.25]
+    assert lora["params"] is model.lora and list(penalty["params"]) == [model.penalty.raw]
 
 # The protocol ------------------------------------------------------------------------------------
 
@@ -339,10 +404,11 @@ def test_an_evaluation_by_hand():
     domain = by_hand([[0, 1, 2, 3, 4], [9, 8, 7, 6, 5]], items=120)
     for split, histories, targets in (("test", [[1, 2, 3], [8, 7, 6]], [4, 5]),
                                       ("valid", [[0, 1, 2], [9, 8, 7]], [3, 6])):
-        found = vlm2rec.make_evaluation(domain, split, 3, seed=0)
+        found = vlm2rec.make_evaluation(domain, split, 3, seed=7)
         assert list(found.histories) == histories and found.targets.tolist() == targets
-        others = zip(found.negatives.tolist(), domain.sequences)
-        assert [len(set(negatives) - set(own)) for negatives, own in others] == [100, 100]
+        drawn = [vlm2rec.draw_negatives(user, domain.sequences[int(user)], 120, split, 7)
+                 for user in "01"]
+        assert found.negatives.tolist() == drawn
 
 def test_ranks_by_hand_a_tie_counts_half_and_nan_or_inf_stops():
     target = torch.full((3,), 0.5)
@@ -434,6 +500,9 @@ def test_pictures_keep_their_ratio_on_a_white_ground(tmp_path):
     expected = Image.new("RGB", (28, 28), "white")
     expected.paste("red", (0, 7, 28, 21))
     assert vlm2rec.square_picture(tmp_path / "wide.png", 28).tobytes() == expected.tobytes()
+    for size, side in (((30, 20), 30), ((500, 8000), 1024)):  # where a tower scales by itself
+        Image.new("RGB", size).save(tmp_path / "own.png")
+        assert vlm2rec.square_picture(tmp_path / "own.png", 0).size == (side, side)
 
 def test_a_step_is_four_forward_passes_of_one_modality_each(home):
     """Users 0 and 2 share a target, and user 0 had user 1's before: no negatives."""
@@ -493,7 +562,6 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(home, monkeypatch):
 
 BOS = "<|video_pad|>"  # what opens a prompt; our tokenizer has no other mark to spare
 LLAMA, QWEN2 = {"model_type": "llama"}, {"model_type": "qwen2"}
-QWEN_EYES = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32)
 EYES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
             image_size=56, patch_size=14)
 SIGLIP = EYES | {"model_type": "siglip_vision_model", "vision_use_head": False}
@@ -502,44 +570,59 @@ LINEAR = dict(layer_types=["linear_attention", "full_attention"], linear_key_hea
 GEMMA = {"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2}
 PINS = {"image_grid_pinpoints": [[56, 56], [56, 112], [112, 56], [112, 112]]}
 SQUARE = {"size": {"height": 56, "width": 56}}
-QWEN = ("", "<|vision_start|>{}<|vision_end|>", 4)
+QWEN_EYES = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=32)
 PLACED = QWEN_EYES | {"num_position_embeddings": 16}  # of Qwen3's tower
-SMALL, LARGE = {"patch_size": 14}, {"patch_size": 16}
-IDEFICS = (BOS, "<fake_token_around_image><global-img>{}<fake_token_around_image>", 4, LLAMA, EYES,
-           {"scale_factor": 2}, {"max_image_size": {"longest_edge": 56}})
-FAMILIES = {  # opening, a picture, its tokens; settings: text, vision, both, image processor
-    "qwen2_vl": (*QWEN, {}, dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2), {}, SMALL),
-    "qwen2_5_vl": (*QWEN, {}, QWEN_EYES | {"fullatt_block_indexes": [1]}, {}, SMALL),
-    "qwen3_vl": (*QWEN, {}, PLACED | {"deepstack_visual_indexes": [0, 1]}, {}, LARGE),
-    "qwen3_5": (*QWEN, LINEAR, PLACED, {}, LARGE),
-    "internvl": ("", "<img>{}</img>", 4, QWEN2, EYES | {"patch_size": [14, 14], "image_size":
-                 [56, 56]}, {}, SQUARE | {"crop_to_patches": True}),
-    "llava": (BOS, "{}", 16, LLAMA, EYES | {"model_type": "clip_vision_model"}, {},
-              {"size": {"shortest_edge": 56}, "crop_size": SQUARE["size"]}),
-    "llava_onevision": ("", "{}", 17, QWEN2, SIGLIP, PINS, SQUARE | PINS),
+
+class Family(NamedTuple):
+    """How a family's prompt shows a picture; the settings of its tiny checkpoint's parts."""
+    shown: str       # what stands around a picture's tokens
+    tokens: int      # of a picture
+    text: dict
+    vision: dict
+    processor: dict  # of the images
+    both: dict = {}
+    opening: str = ""
+
+def qwen(text, vision, patch):
+    return Family("<|vision_start|>{}<|vision_end|>", 4, text, vision, {"patch_size": patch})
+
+IDEFICS = Family("<fake_token_around_image><global-img>{}<fake_token_around_image>", 4, LLAMA, EYES,
+                 {"max_image_size": {"longest_edge": 56}}, {"scale_factor": 2}, BOS)
+FAMILIES = {
+    "qwen2_vl": qwen({}, dict(depth=2, embed_dim=32, hidden_size=32, num_heads=2), 14),
+    "qwen2_5_vl": qwen({}, QWEN_EYES | {"fullatt_block_indexes": [1]}, 14),
+    "qwen3_vl": qwen({}, PLACED | {"deepstack_visual_indexes": [0, 1]}, 16),
+    "qwen3_5": qwen(LINEAR, PLACED, 16),
+    "internvl": Family("<img>{}</img>", 4, QWEN2, EYES | {"patch_size": [14, 14],
+                       "image_size": [56, 56]}, SQUARE | {"crop_to_patches": True}),
+    "llava": Family("{}", 16, LLAMA, EYES | {"model_type": "clip_vision_model"},
+                    {"size": {"shortest_edge": 56}, "crop_size": SQUARE["size"]}, opening=BOS),
+    "llava_onevision": Family("{}", 17, QWEN2, SIGLIP, SQUARE | PINS, PINS),
     "smolvlm": IDEFICS, "idefics3": IDEFICS,
-    "gemma3": (BOS, "\n\n<start_of_image>{}<end_of_image>\n\n", 4, GEMMA, SIGLIP,
-               {"mm_tokens_per_image": 4}, SQUARE)}
+    "gemma3": Family("\n\n<start_of_image>{}<end_of_image>\n\n", 4, GEMMA, SIGLIP, SQUARE,
+                     {"mm_tokens_per_image": 4}, BOS)}
 SHORT = [[3, 8, 5, 2, 11], [9, 1], [10, 0, 6, 4]]  # LLaVA-OneVision would tile a lone picture
 
 def family_encoder(family, folder, home):
     """Write a checkpoint of the family, with its head; build an encoder of twelve items on it."""
-    opening, _, _, text, eyes, both, processor = FAMILIES[family]
+    made = FAMILIES[family]
     tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
-    if opening:
-        tokenizer.bos_token = opening
-        mark = [(opening, tokenizer.bos_token_id)]
-        template = tokenizers.processors.TemplateProcessing(f"{opening} $A", special_tokens=mark)
+    if made.opening:
+        tokenizer.bos_token = BOS
+        mark = [(BOS, tokenizer.bos_token_id)]
+        template = tokenizers.processors.TemplateProcessing(f"{BOS} $A", special_tokens=mark)
         tokenizer.backend_tokenizer.post_processor = template
-    marks = re.findall("<[^|>]+>", FAMILIES[family][1])
+    marks = re.findall("<[^|>]+>", made.shown)
     tokenizer.add_tokens(marks, special_tokens=True)
+    text = made.text
     if "qwen" in family:
         rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
         text = text | {"rope_parameters": rope | {"mrope_interleaved": "qwen3" in family}}
     text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
                 max_position_embeddings=4096, pad_token_id=0) | text
-    config = transformers.AutoConfig.for_model(family, text_config=text, vision_config=eyes, **both)
+    config = transformers.AutoConfig.for_model(
+        family, text_config=text, vision_config=made.vision, **made.both)
     config.image_token_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     torch.manual_seed(0)
     model = transformers.AutoModelForImageTextToText.from_config(config)
@@ -549,9 +632,9 @@ def family_encoder(family, folder, home):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     names = transformers.models.auto.image_processing_auto.IMAGE_PROCESSOR_MAPPING_NAMES
-    getattr(transformers, names[family]["pil"])(**processor).save_pretrained(folder)
+    getattr(transformers, names[family]["pil"])(**made.processor).save_pretrained(folder)
     run = open_small(home, model=str(folder), out=str(folder / "runs"), lora_dropout=0.0,
-                     image_size=4 * processor.get("patch_size", 14))
+                     image_size=4 * made.processor.get("patch_size", 14))
     lists = {name: getattr(run.domain, name)[:12] for name in ("item_ids", "titles", "pictures")}
     run = run._replace(domain=vlm2rec.replace(run.domain, sequences=[list(range(12))], **lists))
     return run, vlm2rec.build_encoder(run)
@@ -562,7 +645,7 @@ def own_state(vlm, processor, run, ids, items):
     ids = torch.tensor([ids])
     inputs = {}
     if items:
-        side = "patch_size" in FAMILIES[vlm.config.model_type][-1] and run.config.image_size
+        side = "patch_size" in FAMILIES[vlm.config.model_type].processor and run.config.image_size
         pictures = [vlm2rec.square_picture(run.domain.pictures[item], side) for item in items]
         inputs = dict(processor(images=[pictures], do_resize=not side, return_tensors="pt"))
         types = (ids == vlm.config.image_token_id).int()
@@ -576,9 +659,10 @@ def test_each_family_equals_its_own_forward_on_pixels_and_trains(family, home, t
     run, encoder = family_encoder(family, tmp_path, home)
     vlm, decoder = encoder.vlm, encoder.vlm.get_decoder()
     whole, tokenizer, processor = vlm2rec.load_vlm(str(tmp_path), "main", "cpu")
-    opening, shown, tokens, *_ = FAMILIES[family]
-    shown = opening + run.domain.titles[3] + "\n" + shown.format(tokens * "<|image_pad|>")
-    assert tokenizer.decode(encoder.prompt([3], "interleaved")) == f"{shown}<|im_end|>"
+    made = FAMILIES[family]
+    picture = made.shown.format(made.tokens * "<|image_pad|>")
+    expected = f"{made.opening}{run.domain.titles[3]}\n{picture}<|im_end|>"
+    assert tokenizer.decode(encoder.prompt([3], "interleaved")) == expected
     vlm2rec.add_lora(vlm, run.config)
     lora = [weight for weight in vlm.parameters() if weight.requires_grad]
     for weight in lora:
@@ -617,6 +701,66 @@ def test_each_special_case_matters(family, special, home, tmp_path, monkeypatch)
     right = encoder(SHORT, "vision")
     monkeypatch.setattr(vlm2rec, "picture_inputs", without)
     assert (encoder(SHORT, "vision") - right).abs().max() > 0.01  # beside 1e-5
+
+def test_the_features_are_those_of_this_picture_size_these_pictures_and_this_tower(home, tmp_path):
+    """They are computed once, and taken from the cache by whatever makes the same."""
+    run = open_small(home, out=str(tmp_path))
+    def features(size=56, pictures=run.domain.pictures, digest=run.domain.digest, **model):
+        config = vlm2rec.replace(run.config, image_size=size, **model)
+        domain = vlm2rec.replace(run.domain, pictures=pictures, digest=digest)
+        return vlm2rec.build_encoder(run._replace(config=config, domain=domain)).features
+    first = features()
+    [path] = tmp_path.rglob("features-*.safetensors")
+    when = path.stat().st_mtime_ns
+    torch.testing.assert_close(features(), first, rtol=0, atol=0)
+    assert path.stat().st_mtime_ns == when and first.shape == (183, 1, 4, 64)
+    assert features(size=84).shape == (183, 1, 9, 64)
+    other = run.domain.pictures[:1] + run.domain.pictures[:0:-1]  # the first is the same
+    torch.testing.assert_close(features(pictures=other, digest="other")[1:], first[1:].flip(0))
+    tower = tmp_path / "tower"
+    shutil.copytree(home / "domains" / "tiny-qwen2.5-vl", tower)
+    tensors(lambda w: {k: w[k] * (1 + ("visual" in k)) for k in w})(tower / "model.safetensors")
+    assert (features(model=str(tower)) - first).abs().max() > 0.1
+
+def test_a_language_model_serves_where_no_picture_is_read(few, tmp_path, capsys):
+    """The paper's LLM rows, by a tiny Qwen2."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(few / "domains" / "tiny-qwen2.5-vl")
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2)
+    own = transformers.Qwen2ForCausalLM(config).eval()
+    own.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    flags = ["--domain", "few", "--model", tmp_path, "--out", tmp_path / "runs", "--lr", 1e-9]
+    assert command(few, *flags, "--method", "text", "--epochs", 1) == 0
+    _, e = vectors_of(tmp_path / "runs" / "few" / "text-seed0", "item")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)  # Qwen2's splits numbers
+    ids = tokenizer("Fjord kettle 77<|im_end|>", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = own.model(ids).last_hidden_state[0, -1]
+    torch.testing.assert_close(e["fused"][77], expected, atol=1e-5, rtol=0)
+    capsys.readouterr()
+    told(capsys, command(few, *flags), "--model is of type qwen2")
+
+PHI, EXPERTS = {"model_type": "phi3", "bos_token_id": 1, "eos_token_id": 1}, {
+    "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+
+@pytest.mark.parametrize("family, text, adapted, note", [
+    ("llava", PHI, "qkv_proj o_proj gate_up_proj down_proj", ""),  # fused
+    ("internvl", EXPERTS, "q_proj k_proj v_proj o_proj",
+     "note: without LoRA: experts.down_proj, experts.gate_up_proj, gate.weight\n")])
+def test_what_are_layers_gets_lora_and_what_stays_without_is_named(
+        family, text, adapted, note, home, capsys):
+    small = dict(vocab_size=99, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
+                 num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+    config = transformers.AutoConfig.for_model(
+        family, text_config=small | text, vision_config=FAMILIES[family].vision)
+    vlm = transformers.AutoModel.from_config(config).requires_grad_(False)
+    vlm.commit = None
+    vlm2rec.add_lora(vlm, vlm2rec.Config(model="tiny"))
+    found = [name.split(".")[-4] for name, _ in vlm.named_parameters() if "lora_A" in name]
+    said = "".join(re.findall("note: .*\n", capsys.readouterr().out))
+    assert set(found) == set(adapted.split()) and said == note
 
 def test_moda_is_the_sum_over_its_experts_by_the_passs_modality(home):
     model = lora_model(home, "sda")
@@ -671,6 +815,37 @@ def test_queries_tell_what_a_modality_knows():
     perfect = [name for name, value in vlm2rec.queries(z, e, test).items() if value == 1]
     assert perfect == ["v2f", "t2t"]
 
+def test_fig_1b_compares_each_modalitys_own_gradient_with_the_losss(home):
+    """With dropout, which the three have to share, and a user without a negative."""
+    model, _ = vlm2rec.make_model(open_small(home))
+    for weight in model.lora:
+        torch.nn.init.normal_(weight, std=0.2)
+    batch = [([3, 8], 5, [9, 3, 8]), ([7], 9, [7, 5]), ([4], 12, [4]), ([2], 6, [12, 9, 5])]
+    mask = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 1], [0, 0, 0, 0]]).bool()
+    def similarities():
+        torch.manual_seed(0)
+        z, e = ({m: model.encoder([row[k] if k == 0 else [row[k]] for row in batch], m)
+                 for m in MODALITIES} for k in (0, 1))
+        z["fused"], e["fused"] = z["text"] + z["vision"], e["text"] + e["vision"]
+        return {space: torch.cosine_similarity(z[space][:, None], e[space][None], dim=2)
+                for space in z}
+    def gradient(loss):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.lora))])
+    model.encoder.vlm.train()
+    sim = similarities()
+    loss = vlm2rec.objective(sim["fused"], sim["text"], sim["vision"], mask, ONE, ONE)["loss"]
+    whole = gradient(loss)
+    expected = {}
+    for modality in MODALITIES:
+        logits = similarities()[modality] / 0.1
+        logits = logits.masked_fill(~mask & ~torch.eye(4, dtype=torch.bool), -math.inf)
+        own = gradient(torch.nn.functional.cross_entropy(logits, torch.arange(4)))
+        expected[f"cos_{modality}"] = (whole @ own / whole.norm() / own.norm()).item()
+    model.encoder.vlm.eval()
+    found = vlm2rec.gradient_cosines(model, batch)
+    assert found == pytest.approx(expected, abs=1e-4) and abs(found["cos_vision"]) < 0.99
+    assert all(weight.grad is None for weight in model.parameters())
+
 @pytest.mark.parametrize("kind", ["sasrec", "gru4rec"])
 @pytest.mark.parametrize("vectors", [None, 3 * torch.eye(120)])
 def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(kind, vectors):
@@ -703,7 +878,7 @@ def test_mean_pool_is_the_mean_of_a_historys_vectors():
     z, _ = vlm2rec.MeanPool(torch.eye(2)).embed([[0, 1], [1]])
     assert z["fused"].tolist() == [[0.5, 0.5], [0, 1]]
 
-def test_item_vectors_of_any_type_and_order_are_read_rightly_or_refused_in_one_line(home, tmp_path):
+def test_item_vectors_of_any_type_and_order_are_read_rightly(home, tmp_path):
     """items.csv has more items than the 5-core: vectors are matched by item id."""
     run = open_small(home)
     ids = list(data.read_items(run.source))
@@ -719,18 +894,28 @@ def test_item_vectors_of_any_type_and_order_are_read_rightly_or_refused_in_one_l
     for path in tmp_path.iterdir():
         found = vlm2rec.read_vectors(str(path), run.domain, run.source)
         assert found.dtype == torch.float32 and torch.equal(found, expected), path
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    numpy.save(bad / "short.npy", x[1:])
-    numpy.save(bad / "objects.npy", x.numpy().astype(object))
+
+def test_item_vectors_that_do_not_fit_are_refused_in_one_line(home, tmp_path):
+    run = open_small(home)
+    ids = list(data.read_items(run.source))
+    x = torch.rand(len(ids), 3)
+    for value in (math.nan, math.inf):
+        x[5, 1] = value
+        numpy.save(tmp_path / f"{value}.npy", x)
+    x[5, 1] = 0
+    numpy.save(tmp_path / "short.npy", x[1:])
+    numpy.save(tmp_path / "objects.npy", x.numpy().astype(object))
     twice = {"item_ids": json.dumps([*ids, ids[0]])}
-    save_file({"x": torch.cat([x, x[:1]])}, bad / "twice.safetensors", twice)
-    numpy.savez(bad / "x.npz", x=x)
-    torch.save(x, bad / "x.pt")
-    with pytest.raises(data.InputError, match="allow_pickle=False"):  # which may hold any code
-        vlm2rec.read_vectors(str(bad / "objects.npy"), run.domain, run.source)
-    for path in bad.iterdir():
-        with pytest.raises(data.InputError, match=f"^--embeddings {path} does not fit: .+$"):
+    save_file({"x": torch.cat([x, x[:1]])}, tmp_path / "twice.safetensors", twice)
+    lost = [f"not {item}" for item in ids]
+    save_file({"x": x}, tmp_path / "lost.safetensors", {"item_ids": json.dumps(lost)})
+    numpy.savez(tmp_path / "x.npz", x=x)
+    torch.save(x, tmp_path / "x.pt")
+    words = {"nan.npy": "row 5 holds nan", "inf.npy": "row 5 holds inf",
+             "objects.npy": ".*allow_pickle=False"}  # a pickle may hold any code
+    for path in tmp_path.iterdir():
+        match = f"^--embeddings {path} does not fit: {words.get(path.name, '.+')}"
+        with pytest.raises(data.InputError, match=match):
             vlm2rec.read_vectors(str(path), run.domain, run.source)
 
 HERE = Path(__file__).parent
@@ -1307,20 +1492,19 @@ def test_ctrl_c_ends_in_one_line_at_once(shop, tmp_path):
 
 # A run and its files -----------------------------------------------------------------------------
 
+COLOUR = lambda k: (k, 5 * k % 256, 255 - k)  # of item k's picture
 LONG = "Halma basket 7 " * 30  # 90 words of the tiny model, each of them a token
 
 def write_few(folder):
     """A domain of 33 users with 20 of 130 items each: a run takes a second."""
-    (folder / "images").mkdir(parents=True)
     ids = [f"i{k}" if k != 14 else "-b14" for k in range(130)]  # ids may begin with a dash
     titles = [f"{data.BRANDS[k % 8]} {data.NOUNS[k // 8 % 8]} {k % 100}" for k in range(130)]
     titles[3:6] = [f"{LONG} kite", f"{LONG} drum", f"Arvo {LONG}"]  # two begin alike
-    for k in range(130):
-        Image.new("RGB", (40, 40), (k, 5 * k % 256, 255 - k)).save(folder / f"images/{k}.png")
     items = [[item, titles[k], f"images/{k}.png"] for k, item in enumerate(ids)]
     events = [[f"u{n // 20}", ids[n * 7 % 130], n] for n in range(660)]
-    data.write_csv(folder / "items.csv", data.ITEMS, [*items, ["lost", "Arvo kite", "none.png"]])
-    data.write_csv(folder / "interactions.csv", data.EVENTS, events)
+    write_domain(folder, [*items, ["lost", "Arvo kite", "none.png"]], events, pictures=False)
+    for k in range(130):
+        Image.new("RGB", (40, 40), COLOUR(k)).save(folder / f"images/{k}.png")
 
 BRIEF = ["--domain", "few", "--epochs", 2, "--lr", 2e-3, "--history", 6, "--revision", "v2",
          "--log-every", 1, "--save-every", 3]  # 8 steps, checkpoints at 3 and 6
@@ -1345,17 +1529,13 @@ def copied(finished, few, tmp_path):
     shutil.copytree(few, tmp_path, ignore=shutil.ignore_patterns("small"), dirs_exist_ok=True)
     return tmp_path
 
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*") if path.is_file()}
-
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 def told(capsys, code, *words):
     """Exit code 2, or 130 after Ctrl-C, came with one line, which holds these words."""
     error = capsys.readouterr().err.strip()
-    assert code == (130 if "stopped" in error else 2) and len(error.splitlines()) == 1 and error.startswith("error: "), error
+    assert re.fullmatch("error: .*", error) and code == (130 if "stopped" in error else 2), error
     assert all(word in error for word in words), error
 
 def log_of(folder, word="loss"):
@@ -1373,39 +1553,93 @@ def test_a_run_writes_what_the_design_says(finished, few):
     files = ("adapter config.json dropped.csv items.safetensors log.jsonl metrics.json ranks.csv "
              "recommendations.png table.md users.safetensors")
     assert sorted(os.listdir(finished)) == files.split()
-    metrics = metrics_of(finished)
-    assert {"test", "test_full", "test_untied", "valid", "popularity", "untrained"} < set(metrics)
-    assert metrics["popularity"]["H@20"] == 0  # what comes last had been seen by nobody
     assert "\nlost,no file,none.png" in (finished / "dropped.csv").read_text()
     assert [line["step"] for line in log_of(finished)] == list(range(1, 9))
-    assert Image.open(finished / "recommendations.png").size == (1180, 488)
-    shared = (finished.parent / "table.md").read_text()
-    own = (finished / "table.md").read_text()
-    assert "| vlm2rec | 1 | " in shared and "| queries | f2f" in own
-    cut = "a picture takes 4 tokens; 3 titles have 64 or more, and are cut: 2 of these differ"
-    assert all(text in (few / "printed").read_text() for text in (shared, own, cut))
+    printed = (few / "printed").read_text()
+    for text in ("a picture takes 4 tokens; 3 titles have 64 or more, and are cut: 2 of these differ",
+                 "note: --model tiny has random weights", (finished / "table.md").read_text(),
+                 (finished.parent / "table.md").read_text()):
+        assert text in printed
 
-def test_the_metrics_are_those_of_the_exported_files(finished):
+def test_each_epochs_figures_are_logged_kept_printed_and_decide_which_is_best(finished, few):
+    metrics = metrics_of(finished)
+    first, *epochs = metrics["epochs"]
+    assert list(first) == ["H@10", "N@10", "H@20", "N@20", "f2f", "t2f", "v2f", "t2t", "v2v",
+                           "cos_text", "cos_vision"] and first["f2f"] == first["N@10"]
+    lines = log_of(finished, "epoch")
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 4), (2, 8)]
+    for line, scores in zip(lines, epochs, strict=True):
+        assert line.items() >= scores.items()
+    printed = re.findall("^validation: (.*)", (few / "printed").read_text(), re.M)
+    assert printed == [", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                       for scores in metrics["epochs"]]
+    assert metrics["untrained"] == first
+    assert metrics["valid"] == max(metrics["epochs"], key=lambda scores: scores["N@10"])
+    for end, scores in (("first", first), ("last", epochs[-1])):
+        assert metrics["gradient"][end] == {m: scores[f"cos_{m}"] for m in MODALITIES}
+    known = ("domain", "method", "seed", "model", "commit")
+    assert [metrics[name] for name in known] == ["few", "vlm2rec", 0, "tiny", None]
+
+def test_the_runs_table_shows_the_metrics_as_they_are(finished):
+    rows = dict(re.findall(r"^\| ([^|]+?) \| (.*) \|$", (finished / "table.md").read_text(), re.M))
+    metrics = metrics_of(finished)
+    shown = {row: metrics[row] for row in ("test", "popularity", "chance", "test_full", "valid",
+             "untrained", "test_untied", "target seen 0 to 4 times")}
+    shown |= {"N@10": metrics["queries"]["N@10"], **metrics["geometry"], **metrics["gradient"]}
+    for row, values in shown.items():
+        cells = [f"{value:.4f}" for value in values.values()]
+        assert rows[row].split(" | ")[:len(cells)] == cells[:rows[row].count("|") + 1]
+
+@pytest.mark.parametrize("method, seed", [("vlm2rec", 0), ("mean-pool", 1)])
+def test_the_metrics_are_those_of_the_exported_files(method, seed, finished, few, tmp_path):
     """Ranks by hand: user n bought the items 7 (20 n + j) mod 130, the last one is the target."""
-    item_ids, e = vectors_of(finished, "item")
-    user_ids, z = vectors_of(finished, "user")
-    columns = ("user_id", "item_id", "rank", "rank_full")
-    places = {"test": [], "test_full": []}
-    for n, (_, *row) in enumerate(data.read_csv(finished / "ranks.csv", columns)):
-        own = [(20 * n + j) * 7 % 130 for j in range(20)]
-        assert row[:2] == [f"u{n}", item_ids[own[-1]]] and user_ids[n] == f"u{n}"
-        drawn = random.Random(f"0 test u{n}").sample(range(130), 120)
-        candidates = {"test": [item for item in drawn if item not in own][:100],
-                      "test_full": [item for item in range(130) if item not in own]}
-        scores = torch.cosine_similarity(z["fused"][[n]], e["fused"])
-        for split, rank in zip(places, map(float, row[2:])):
-            assert rank == 1 + (scores[candidates[split]] > scores[own[-1]]).sum()
-            places[split].append(rank)
+    folder = finished
+    if method == "mean-pool":
+        numpy.save(tmp_path / "v.npy", numpy.random.default_rng(0).normal(size=(131, 9)))
+        flags = ["--method", method, "--seed", seed, "--embeddings", tmp_path / "v.npy"]
+        assert command(few, "--domain", "few", *flags, "--out", tmp_path) == 0
+        folder = next((tmp_path / "few").glob("mean-pool*-seed1"))
+    item_ids, e = vectors_of(folder, "item")
+    user_ids, z = vectors_of(folder, "user")
+    own = [[(20 * n + j) * 7 % 130 for j in range(20)] for n in range(33)]
+    negatives = []
+    for n in range(33):
+        drawn = random.Random(f"{seed} test u{n}").sample(range(130), 120)
+        negatives.append([item for item in drawn if item not in own[n]][:100])
+    def ranks(query, items, candidates):
+        found = []
+        for n in range(33):
+            scores = torch.cosine_similarity(z[query][[n]], e[items])
+            found.append(1 + (scores[candidates[n]] > scores[own[n][-1]]).sum().item())
+        return found
+    others = [[item for item in range(130) if item not in own[n]] for n in range(33)]
+    places = {"test": ranks("fused", "fused", negatives), "test_full": ranks("fused", "fused", others)}
+    rows = data.read_csv(folder / "ranks.csv", ("user_id", "item_id", "rank", "rank_full"))
+    for n, (_, user, item, *found) in enumerate(rows):
+        assert [user, item] == [user_ids[n], item_ids[own[n][-1]]] == [f"u{n}", item]
+        assert list(map(float, found)) == [places["test"][n], places["test_full"][n]]
+    def ndcg(found, k):
+        return pytest.approx(sum(1 / math.log2(1 + rank) for rank in found if rank <= k) / 33)
+    metrics = metrics_of(folder)
     for split, found in places.items():
-        gains = [1 / math.log2(1 + rank) for rank in found if rank <= 20]
-        scores = metrics_of(finished)[split]
-        assert scores["H@20"] == pytest.approx(len(gains) / 33) != 0
-        assert scores["N@20"] == pytest.approx(sum(gains) / 33)
+        assert metrics[split] == {
+            "H@10": pytest.approx(sum(rank <= 10 for rank in found) / 33), "N@10": ndcg(found, 10),
+            "H@20": pytest.approx(sum(rank <= 20 for rank in found) / 33), "N@20": ndcg(found, 20)}
+    if method == "mean-pool":
+        assert not {"queries", "geometry", "gradient", "untrained"} & set(metrics)
+        return
+    spaces = {"f": "fused", "t": "text", "v": "vision"}
+    assert metrics["queries"] == {"N@10": {
+        f"{a}2{b}": ndcg(ranks(spaces[a], spaces[b], negatives), 10)
+        for a, b in ("ff", "tf", "vf", "tt", "vv")}}
+    for space in spaces.values():  # squared distances of unit vectors
+        unit = torch.nn.functional.normalize
+        square = torch.cdist(unit(z[space]).double(), unit(e[space]).double()) ** 2
+        a_pos = torch.stack([square[n, own[n][-1]] for n in range(33)]).mean().item()
+        a_neg = torch.stack([square[n, negatives[n]].mean() for n in range(33)]).mean().item()
+        expected = {"A_pos": a_pos, "A_neg": a_neg, "S": a_neg / a_pos,
+                    "U": (-2 * square).exp().mean().log().item()}
+        assert metrics["geometry"][space] == pytest.approx(expected, rel=1e-4)
 
 def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, few):
     """With transformers, peft and pixels alone; the base is that of --revision."""
@@ -1434,40 +1668,58 @@ def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, 
     # A run that learnt nothing would pass by the base alone: LoRA's B begins as 0.
     assert all(map(torch.any, load_file(folder / "adapter_model.safetensors").values()))
 
-TERMS = {  # what a method writes to its log, beside the loss
-    "vlm2rec": "gap weight alpha beta wpcl crtr", "sft": "infonce", "text": "infonce",
-    "vision": "infonce", "internal": "infonce", "no-wpcl": "crtr", "no-penalty": "infonce crtr",
-    "no-stopgrad": "gap weight alpha beta wpcl crtr", "no-crtr": "gap weight alpha beta wpcl",
-    "no-gap": "gap weight alpha beta wpcl crtr", "unimodal": "infonce unimodal",
-    "vlm2rec+unimodal": "gap weight alpha beta wpcl crtr unimodal", "sda": "infonce cmsa",
-    "sasrec": "", "gru4rec": ""}
+def test_no_method_is_without_a_test():
+    assert set(vlm2rec.METHODS) == {*METHODS, "mean-pool"}
 
-@pytest.mark.parametrize("method", [name for name in vlm2rec.METHODS if name != "mean-pool"])
-def test_each_method_runs_and_nothing_of_its_model_stays_alive(method, few, tmp_path, monkeypatch):
-    alive = []
+@pytest.mark.parametrize("method", METHODS)
+def test_each_method_reads_and_learns_what_its_name_says_and_leaves_nothing_alive(
+        method, few, tmp_path, monkeypatch):
+    alive, passes = [], set()
     load = vlm2rec.load_vlm
+    def note(vlm, args, inputs):
+        titles = (inputs["input_ids"] > 5).logical_and(inputs["input_ids"] != newline).any()
+        passes.add((titles.item(), "mm_encoder_outputs" in inputs))
     def watched(*names):
-        loaded = load(*names)
-        alive.append(weakref.ref(loaded[0]))
-        return loaded
+        nonlocal newline
+        vlm, tokenizer, processor = load(*names)
+        [newline] = tokenizer("\n").input_ids  # the marks are 0 to 5
+        vlm.register_forward_pre_hook(note, with_kwargs=True)
+        alive.append(weakref.ref(vlm))
+        return vlm, tokenizer, processor
+    newline = None
     monkeypatch.setattr(vlm2rec, "load_vlm", watched)
     gc.disable()  # what dies then dies by itself, or by what main does
     code = command(few, "--domain", "few", "--method", method, "--epochs", 1, "--batch", 4,
                    "--train-users", 4, "--log-every", 1, "--out", tmp_path)
     kept = [reference() for reference in alive]
     gc.enable()
-    assert code == 0 and kept in ([], [None])
+    modalities, terms = METHODS[method]
+    assert code == 0 and kept == [None] * bool(modalities)
+    seen = {"text": (True, False), "vision": (False, True), "interleaved": (True, True)}
+    assert passes == {seen[modality] for modality in modalities.split()}
     folder = tmp_path / "few" / f"{method}-seed0"
     metrics = metrics_of(folder)
     assert all(map(math.isfinite, metrics["test"].values()))
-    spaces = {*vlm2rec.METHODS[method].modalities, "fused"}
-    assert set(load_file(folder / "users.safetensors")) == spaces
-    assert (method in TERMS) == ("untrained" in metrics) == (folder / "log.jsonl").exists()
-    assert ("gradient" in metrics) == (method in TERMS and len(spaces) == 3)
-    if method in TERMS:
+    assert set(load_file(folder / "users.safetensors")) == {*modalities.split(), "fused"}
+    trained = terms is not None
+    assert trained == ("untrained" in metrics) == (folder / "log.jsonl").exists()
+    assert ("gradient" in metrics) == (trained and modalities == "text vision")
+    assert (folder / "adapter").exists() == (trained and modalities != "")
+    if trained:
         own = set(log_of(folder)[0]) - {"step", "loss", "seconds", "minutes_left", "epoch",
                                         *metrics["valid"]}
-        assert own == set(TERMS[method].split())
+        assert own == set(terms.split())
+
+@pytest.mark.parametrize("changed", ["Fig. 1b", "--checkpointing on", "--save-every 1 --log-every 3"])
+def test_what_is_only_watched_changes_no_byte(changed, finished, few, tmp_path, monkeypatch):
+    flags = changed.split()
+    if changed == "Fig. 1b":
+        flags = []
+        monkeypatch.setattr(vlm2rec, "gradient_cosines", lambda *_: dict(cos_text=0, cos_vision=0))
+    assert command(few, *BRIEF, *flags, "--out", tmp_path) == 0
+    files, before = files_of(tmp_path / "few" / "vlm2rec-seed0"), files_of(finished)
+    for name in ("adapter/adapter_model.safetensors", "items.safetensors", "ranks.csv"):
+        assert files[Path(name)] == before[Path(name)]
 
 def test_an_adapter_is_evaluated_without_training(finished, few, tmp_path, monkeypatch):
     monkeypatch.delattr(vlm2rec, "train")
@@ -1551,9 +1803,9 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finis
         assert process(few, *flags, "--out", tmp_path, kill=moment) == -signal.SIGKILL
         assert not (folder / "table.md").exists()
     assert process(few, *flags, "--out", tmp_path) == 0
-    files = contents(few / "runs" / name) | {"notes.txt": b"mine"}
-    files["log.jsonl"] = (folder / "log.jsonl").read_bytes()  # has times
-    assert contents(folder) == files
+    files = files_of(few / "runs" / name) | {Path("notes.txt"): b"mine"}
+    files[Path("log.jsonl")] = (folder / "log.jsonl").read_bytes()  # has times
+    assert files_of(folder) == files
     logs = [log_of(run, "step") for run in (folder, few / "runs" / name)]
     for line in itertools.chain(*logs):
         for time in {"seconds", "minutes_left"} & set(line):
@@ -1581,24 +1833,24 @@ def test_a_finished_run_is_shown_wherever_it_was_written(copied, monkeypatch, ca
     folder = copied / "runs" / "few" / "vlm2rec-seed0"
     config = json.loads((folder / "config.json").read_text()) | {"device": "cuda", "python": "3.9"}
     (folder / "config.json").write_text(json.dumps(config))
-    before = contents(copied)
+    before = files_of(copied)
     monkeypatch.delattr(data, "lock")
     monkeypatch.delattr(data, "whole_file")
     assert command(copied, *BRIEF, "--save-every", 9, "--checkpointing", "off") == 0
     printed = capsys.readouterr().out
     assert f"{folder} is finished since " in printed and "| test, runs in " in printed
     assert command(copied, *BRIEF, "--recommend", "i1") == 0
-    assert contents(copied) == before
+    assert files_of(copied) == before
 
 def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys):
     folder = copied / "runs" / "few" / "vlm2rec-seed0"
-    before = contents(copied)
+    before = files_of(copied)
     for name in ("table.md", "checkpoint.pt"):  # finished, or not
         (folder / "table.md").rename(folder / name)
         told(capsys, command(copied, *BRIEF, "--epochs", 3, "--tau", 1),
              f"{folder} holds a run with epochs 2, tau 0.1: remove it or take another --out")
     (folder / "checkpoint.pt").rename(folder / "table.md")
-    assert contents(copied) == before
+    assert files_of(copied) == before
     Image.new("RGB", (40, 40), "red").save(copied / "domains/few/images/9.png")
     told(capsys, command(copied, *BRIEF), "holds a run with the catalogue as it was before it")
     told(capsys, command(copied, *BRIEF, "--recommend", "i1"), "its catalogue has changed since")
