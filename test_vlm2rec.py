@@ -1854,21 +1854,168 @@ def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys)
     Image.new("RGB", (40, 40), "red").save(copied / "domains/few/images/9.png")
     told(capsys, command(copied, *BRIEF), "holds a run with the catalogue as it was before it")
     told(capsys, command(copied, *BRIEF, "--recommend", "i1"), "its catalogue has changed since")
+    with pytest.raises(data.InputError, match="its catalogue has changed since"):
+        vlm2rec.recommend(open_small(copied, domain="few"), ["i1"])
     pool = ["--domain", "few", "--method", "mean-pool", "--embeddings", copied / "v.npy"]
     for width in (8, 9):
         numpy.save(copied / "v.npy", numpy.eye(131, width))
         code = command(copied, *pool)
     told(capsys, code, "holds a run with embeddings ")
 
-@pytest.mark.parametrize("name, content, words", [
-    ("config.json", b"{", "config.json is missing or damaged"),
-    ("checkpoint.pt", b"PK, half of it", "checkpoint.pt cannot be gone on with; remove it to begin anew")])
-def test_a_damaged_file_of_a_run_is_named(name, content, words, copied, capsys):
+@pytest.mark.parametrize("left, name, refused", [
+    ("table.md", "source", False), ("table.md", "transformers", False), ("table.md", "torch", False),
+    ("checkpoint.pt", "source", False), ("checkpoint.pt", "transformers", True)])
+def test_other_code_is_told_and_blocks_but_a_half_run_under_another_transformers(
+        left, name, refused, few, tmp_path, capsys):
+    run = open_small(few, domain="few")._replace(folder=tmp_path)
+    code = run.settings["code"]
+    assert code["torch"] == torch.__version__ and code["transformers"] == transformers.__version__
+    before = run.settings | {"code": code | {name: "another"}}
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    (tmp_path / left).touch()
+    if refused:
+        with pytest.raises(data.InputError, match="was begun with transformers another: go on"):
+            vlm2rec.check_folder(run)
+    else:
+        vlm2rec.check_folder(run)
+        assert f"{tmp_path} was made with other code: {name} another\n" in capsys.readouterr().out
+
+@pytest.mark.parametrize("module", [vlm2rec, data])
+def test_the_source_is_known_by_its_content(module, few, monkeypatch):
+    def known():
+        return open_small(few, domain="few").settings["code"]["source"]
+    before = known()
+    monkeypatch.setattr(module, "__file__", str(few / "printed"))
+    assert known() != before
+
+def test_a_domains_digest_is_of_all_that_a_run_depends_on(few, tmp_path):
+    """Else an old run would be shown as today's."""
+    folder = tmp_path / "few"
+    shutil.copytree(few / "domains" / "few", folder)
+    digests = [data.read_domain(folder).digest]
+    for name, old, new in ((ITEMS, "Fjord kettle 77", "Fjord kettle 78"),
+                           (EVENTS, "u0,i0,0", "u0,i0,1.5"),  # after the second
+                           (EVENTS, "u0,i3,19", "u0,i3,18"),  # a tie at the end
+                           (EVENTS, "u7,", "user7,")):
+        edit(folder, name, old, new, -1)
+        digests.append(data.read_domain(folder).digest)
+    Image.new("RGB", (40, 40), "red").save(folder / "images" / "9.png")
+    digests.append(data.read_domain(folder).digest)
+    assert len(set(digests)) == len(digests) == 6
+
+def test_each_run_of_one_process_is_of_the_files_as_they_are(few, tmp_path, monkeypatch):
+    """After an edit of items.csv, and by the same relative path in another folder."""
+    for place in ("one", "two"):
+        shutil.copytree(few / "domains" / "few", tmp_path / place / "shop")
+    edit(tmp_path / "two" / "shop", ITEMS, "Fjord kettle 77", "Fjord kettle of two")
+    found = []
+    def look(place):
+        monkeypatch.chdir(tmp_path / place)
+        run = open_small(few, domain="./shop")
+        assert run.settings["data"] == data.read_domain("shop").digest
+        found.append(run.domain.titles[77])
+    look("one")
+    edit(tmp_path / "one" / "shop", ITEMS, "Fjord kettle 77", "Fjord kettle mended")
+    look("one")
+    look("two")
+    assert found == ["Fjord kettle 77", "Fjord kettle mended", "Fjord kettle of two"]
+
+def test_the_same_model_adapter_or_vectors_by_another_path_are_the_same_run(finished, few, tmp_path):
+    given = {"model": few / "domains" / "tiny-qwen2.5-vl", "adapter": finished / "adapter",
+             "embeddings": finished / "users.safetensors"}
+    for name, path in given.items():
+        method = "mean-pool" if name == "embeddings" else "vlm2rec"
+        def settings(where):
+            return vlm2rec.run_settings(vlm2rec.Config(method=method, **{name: str(where)}))
+        moved = tmp_path / "moved" / path.name
+        subprocess.run(["mkdir", "-p", moved.parent], check=True)
+        subprocess.run(["cp", "-r", path, moved], check=True)
+        assert vlm2rec.differences(settings(path), settings(moved)) == ""
+        file = next(moved.glob("*.safetensors"), moved)
+        file.write_bytes(file.read_bytes() + b" ")
+        assert vlm2rec.differences(settings(path), settings(moved)).startswith(f"{name} ")
+
+@pytest.mark.parametrize("name, content, flags, words", [
+    ("config.json", b"{", [], "config.json is missing or damaged"),
+    ("config.json", b"{", ["--recommend", "i1"], "config.json is missing or damaged"),
+    ("checkpoint.pt", b"PK, half of it", [],
+     "checkpoint.pt cannot be gone on with; remove it to begin anew"),
+    ("items.safetensors", b"half", ["--recommend", "i1"], "items.safetensors is missing or damaged"),
+    ("items.safetensors", None, ["--recommend", "i1"], "items.safetensors is missing or damaged"),
+    ("adapter", None, ["--recommend", "i1"], "vlm2rec-seed0/adapter is missing"),
+    ("../features-*", b"half", ["--method", "vanilla"], "is damaged; remove it")])
+def test_a_damaged_file_of_a_run_is_named(name, content, flags, words, copied, capsys):
     folder = copied / "runs" / "few" / "vlm2rec-seed0"
-    (folder / name).write_bytes(content)
     if name == "checkpoint.pt":
-        (folder / "table.md").unlink()
-    told(capsys, command(copied, *BRIEF), words)
+        (folder / "table.md").rename(folder / name)
+    [path] = (folder / "..").glob(name[3:]) if name[:2] == ".." else [folder / name]
+    subprocess.run(["rm", "-r", path], check=True)
+    if content:
+        path.write_bytes(content)
+    told(capsys, command(copied, *BRIEF, *flags), path.name, words)
+
+@pytest.mark.parametrize("name, spoil", [
+    ("metrics.json", Path.unlink), ("metrics.json", lambda path: path.write_text("{}")),
+    ("config.json", lambda path: path.write_text("{")), ("ranks.csv", Path.unlink),
+    ("ranks.csv", lambda path: path.write_text(path.read_text().rpartition("u32")[0]))])
+def test_a_run_is_shown_although_another_is_damaged_which_is_named(name, spoil, copied, capsys):
+    folder = copied / "runs" / "few"
+    shutil.copytree(folder / "vlm2rec-seed0", folder / "sft-seed0")
+    spoil(folder / "sft-seed0" / name)
+    assert command(copied, *BRIEF) == 0
+    printed = capsys.readouterr().out
+    assert (folder / "vlm2rec-seed0" / "table.md").read_text() in printed
+    assert re.search(f"left out, as it is damaged: {folder}/sft-seed0 ", printed)
+    assert "| vlm2rec | 1 | " in printed and "| sft |" not in printed
+
+def test_a_weight_that_is_not_finite_leaves_the_last_good_checkpoint(home, tmp_path, monkeypatch):
+    class Cliff(Walker):
+        """The third step's gradient is infinite."""
+        def terms(self, batch):
+            loss = super().terms(batch)["loss"]
+            return {"loss": loss * math.inf if len(self.seen) == 3 else loss}
+    monkeypatch.setattr(vlm2rec, "validate", lambda *_: {"N@10": 0.0})
+    run = open_small(home, save_every=1)
+    with pytest.raises(FloatingPointError, match="by step 3 a weight is not finite; lower --lr"):
+        vlm2rec.train(Cliff(20, 2), run.domain, None, run.config, tmp_path)
+    [weights, _, progress] = torch.load(tmp_path / "checkpoint.pt")
+    assert weights["0"].item() == pytest.approx(-2, abs=1e-4) and progress["step"] == 2
+
+@pytest.fixture
+def hub(few, tmp_path, monkeypatch):
+    """A hub's cache with acme/tinyvl, of which branch main can be moved to commit 000... or 111..."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = tmp_path / "hub" / "models--acme--tinyvl"
+    for number in "01":
+        shutil.copytree(few / "domains" / "tiny-qwen2.5-vl", folder / "snapshots" / (number * 40))
+    tensors(lambda w: {k: 1.1 * w[k] for k in w})(folder / f"snapshots/{'1' * 40}/model.safetensors")
+    (folder / "refs").mkdir()
+    def move(number):
+        (folder / "refs" / "main").write_text(number * 40)
+    move("0")
+    return move
+
+def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, monkeypatch, capsys):
+    flags = ["--domain", "few", "--model", "acme/tinyvl", "--image-size", 56, "--epochs", 1, "--out",
+             tmp_path, "--batch", 2, "--train-users", 6, "--save-every", 1, "--log-every", 1]
+    assert command(few, *flags) == 0
+    assert metrics_of(tmp_path / "few" / "vlm2rec-seed0")["commit"] == "0" * 40
+    assert command(few, *flags, "--recommend", "i1") == 0
+    capsys.readouterr()
+    def stop(folder, step, *rest):
+        if step == 2:
+            raise KeyboardInterrupt
+    with patch.object(vlm2rec, "log_step", stop):
+        told(capsys, command(few, *flags, "--method", "sft"), "the same command goes on")
+    hub("1")
+    told(capsys, command(few, *flags, "--recommend", "i1"),
+         f"--model acme/tinyvl has changed since: give --revision {'0' * 40}")
+    told(capsys, command(few, *flags, "--method", "sft"), f"its commit was {'0' * 40}")
+    adapter = ["--adapter", tmp_path / "few" / "vlm2rec-seed0" / "adapter"]
+    for number, notes in (("1", 1), ("0", 0)):
+        hub(number)
+        assert command(few, *flags, *adapter, "--out", tmp_path / number) == 0
+        assert capsys.readouterr().out.count("was trained on acme/tinyvl, revision 000") == notes
 
 # What is shown: tables, recommendations, drawings ------------------------------------------------
 
@@ -1890,7 +2037,8 @@ def test_the_comparison_by_hand(tmp_path):
         run = tmp_path / f"{name}-seed{seed}"
         run.mkdir()
         (run / "table.md").touch()
-        columns = dict.fromkeys(("H@10", "N@10", "H@20", "N@20"), score)
+        columns = dict.fromkeys(("H@10", "H@20", "N@20"), score)
+        columns["N@10"] = sum({1: 1, 3: 0.5, 11: 0}[rank] for rank in ranks) / 4
         (run / "metrics.json").write_text(json.dumps({"test": columns}))
         config = settings | {"method": name, "seed": seed, "lr": lr}
         (run / "config.json").write_text(json.dumps(config))
@@ -1902,14 +2050,15 @@ def test_the_comparison_by_hand(tmp_path):
     lines = vlm2rec.comparison(tmp_path, settings).splitlines()
     assert f"left out, as it is damaged: {tmp_path}/cut-seed0 " in lines.pop()
     rows = [line.strip("| ").split(" | ") for line in lines]
+    columns = lambda score, ndcg: [score, ndcg, score, score]
     assert rows[0][1:] == ["seeds", "H@10", "N@10", "H@20", "N@20", "vlm2rec above it, N@10"]
     assert rows[2:] == [
-        ["no-crtr", "3", *["0.1000 ± 0.0000"] * 4, "+0.3333 ± 0.2205 over 3 seeds"],
-        ["sft", "2", *["0.1500 ± 0.0707"] * 4, "+0.5000 ± 0.1021 over 4 users"],
-        ["text", "2", *["0.2000 ± 0.0000"] * 4, "+0.5000 ± 0.2041 over 4 users"],
-        ["vision", "1", *["0.1235"] * 4, "-"],
-        ["vlm2rec", "3", *["0.2333 ± 0.1155"] * 4, "-"],
-        ["sda (lr 0.2)", "1", *["0.5000"] * 4, "-"]]
+        ["no-crtr", "3", *columns("0.1000 ± 0.0000", "0.6667 ± 0.3819"), "+0.3333 ± 0.2205 over 3 seeds"],
+        ["sft", "2", *columns("0.1500 ± 0.0707", "0.5000 ± 0.3536"), "+0.5000 ± 0.1021 over 4 users"],
+        ["text", "2", *columns("0.2000 ± 0.0000", "0.7500 ± 0.3536"), "+0.5000 ± 0.2041 over 4 users"],
+        ["vision", "1", *columns("0.1235", "1.0000"), "-"],
+        ["vlm2rec", "3", *columns("0.2333 ± 0.1155", "1.0000 ± 0.0000"), "-"],
+        ["sda (lr 0.2)", "1", *columns("0.5000", "1.0000"), "-"]]
 
 def test_vectors_of_one_file_name_are_rows_of_one_table(few, tmp_path, monkeypatch, capsys):
     def alone(folder, settings, made=vlm2rec.comparison):
@@ -1942,6 +2091,44 @@ def test_ranks_are_written_in_full_and_the_verdict_may_be_no(few, tmp_path):
         assert text.startswith(f"The test's N@10, {verdict}") and "nan" not in text
         assert f",{rank},{rank}\n" in (tmp_path / "ranks.csv").read_text()
 
+def test_a_run_that_learnt_nothing_is_called_that(few, tmp_path):
+    run = open_small(few, domain="few")._replace(folder=tmp_path)
+    test = vlm2rec.make_evaluation(run.domain, "test", 10, 0)
+    best = torch.ones(33, dtype=torch.double)
+    for valid, told in ((0.0699, True), (0.0708, False)):
+        scores = {"untrained": CHANCE, "valid": CHANCE | {"N@10": valid - 0.0697 + 0.0450}}
+        text = vlm2rec.write_results(run, test, (best, best), scores, {})
+        assert ("no epoch was better than the untrained model: nothing was learnt" in text) == told
+
+def test_popularity_and_each_row_of_the_metrics_by_hand(few, tmp_path):
+    """Items 0 to 5 were bought by 4, 5, 9, 10, 19 and 20 users before validation: the targets of
+    users 30 to 35. Most had item 0 as their validation's, which counts for nothing."""
+    seen = {0: 4, 1: 5, 2: 9, 3: 10, 4: 19, 5: 20, 100: 36, 101: 36}
+    early = [[item for item in range(6) if user < seen[item]] for user in range(30)] + 6 * [[]]
+    later = [[99 if user < 4 else 0, 40 + user] for user in range(30)]
+    later += [[99, item] for item in range(6)]
+    sequences = [[*first, 100, 101, *last] for first, last in zip(early, later)]
+    domain = dataclasses.replace(by_hand(sequences, 240), tied=30 * [False] + 2 * [True] + 4 * [False])
+    test = vlm2rec.make_evaluation(domain, "test", 10, 0)
+    run = open_small(few, domain="few")._replace(folder=tmp_path, domain=domain)
+    ranks = [torch.tensor(30 * [50.0] + [1, 1, 3, 1, 11, 3]), torch.full((36,), 2.0)]
+    vlm2rec.write_results(run, test, ranks, {}, {})
+    metrics = metrics_of(tmp_path)
+    found = {name: row["N@10"] for name, row in metrics.items() if isinstance(row, dict)}
+    popularity = 0.0
+    for target, others in zip(test.targets.tolist(), test.negatives.tolist()):
+        above = sum(seen.get(item, 0) > seen.get(target, 0) for item in others)
+        tied = sum(seen.get(item, 0) == seen.get(target, 0) for item in others)
+        rank = 1 + above + tied / 2
+        popularity += 1 / math.log2(1 + rank) / 36 if rank <= 10 else 0
+    assert 0 < popularity < 0.2
+    assert found == pytest.approx({
+        "test": 4 / 36, "test_full": 0.6309, "chance": 0.0450, "popularity": popularity,
+        "test_untied": 2 / 34,  # without users 30 and 31
+        "target seen 0 to 4 times": 1 / 31, "target seen 5 to 9 times": (1 + 0.5) / 2,
+        "target seen 10 to 19 times": (1 + 0) / 2, "target seen 20 to 36 times": 0.5}, abs=1e-4)
+    assert "| target seen 20 to 36 times | 1.0000 | 0.5000 |" in vlm2rec.report("x", metrics, {})
+
 def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, capsys):
     """No flag of the training is given, not even the model."""
     def recommend(*history):
@@ -1953,23 +2140,59 @@ def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, caps
     owned = [14, *scores.topk(10).indices.tolist(), *(n * 7 % 130 for n in range(13, 19))]
     scores[owned] = -1  # what u0 likes best, then u0's latest six: the history of z
     assert recommend(*[item_ids[item] for item in owned]) == 0
-    shown = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[-10:]]
+    printed = capsys.readouterr().out
+    assert "after -b14 Gusto kettle 14, " in printed
+    shown = [line.split()[:3] for line in printed.splitlines()[-10:]]
     best = enumerate(zip(*scores.topk(10)), 1)
     assert shown == [[str(rank), f"{score:.4f}", item_ids[item]] for rank, (score, item) in best]
+    run = open_small(few, domain="few")
+    first, *_ = found = vlm2rec.recommend(run, [item_ids[item] for item in owned])
+    assert [item for item, _, _ in found] == [item for _, _, item in shown]
+    assert first == (shown[0][2], run.domain.titles[item_ids.index(first[0])],
+                     pytest.approx(scores.max().item(), abs=1e-5))
+    assert len(vlm2rec.recommend(run, ["i1"], k=3)) == 3
     told(capsys, recommend("i1", "nosuch"), "few lacks nosuch (")
     told(capsys, recommend(), "at least one item id")
 
-def test_drawings_tell_titles_apart_and_frame_the_target(few):
+def test_drawings_tell_titles_apart(few):
     domain = open_small(few, domain="few").domain
     domain = dataclasses.replace(domain, pictures=domain.pictures[:1] * 130)
-    def drawn(title, item, target=None):
+    def drawn(title, item):
         titled = dataclasses.replace(domain, titles=[title] * 130)
-        return numpy.asarray(vlm2rec.draw(titled, {"row": [item]}, target))
+        return numpy.asarray(vlm2rec.draw(titled, {"row": [item]}))
     assert (drawn("\u6905\u5b50", 1) != drawn("\u673a\u4e0a", 2)).any()  # their ids are drawn
     assert (drawn("Arvo kite", 1) == drawn("Arvo kite", 2)).all()
-    for item, framed in ((1, True), (2, False)):
-        green = (drawn("Arvo kite", 1, target=item) == (0, 128, 0)).all(axis=2)
-        assert (green.sum() > 800) == framed == green.any()
+
+def test_the_picture_shows_the_protocol_and_frames_what_was_bought(few, tmp_path):
+    """What is shown is told by the colours of the few's pictures; users 0 and 16. Their targets are
+    the first by title, so a hit is seen; by picture they are where chance has put them."""
+    run = open_small(few, domain="few")._replace(folder=tmp_path)
+    test = vlm2rec.make_evaluation(run.domain, "test", 10, 0)
+    torch.manual_seed(0)
+    e = vlm2rec.fuse({m: torch.randn(130, 8) for m in MODALITIES})
+    z = vlm2rec.fuse({"text": e["text"][test.targets], "vision": torch.randn(33, 8)})
+    vlm2rec.draw_users(run, test, z, e, vlm2rec.cosine)
+    sheets = numpy.asarray(Image.open(tmp_path / "recommendations.png")).astype(int)
+    items = {COLOUR(k): k for k in range(130)}
+    for left, n in ((0, 0), (590, 16)):
+        own = [(20 * n + j) * 7 % 130 for j in range(20)]
+        drawn = random.Random(f"0 test u{n}").sample(range(130), 120)
+        candidates = [own[-1], *[item for item in drawn if item not in own][:100]]
+        expected, labels = [own[-5:]], ["history, and\nbought next"]
+        for space, name in (("text", "title"), ("vision", "picture"), ("fused", "both")):
+            scores = torch.cosine_similarity(z[space][[n]], e[space][candidates])
+            order = [candidates[place] for place in scores.argsort(descending=True)]
+            expected.append(order[:5])
+            labels.append(f"by {name}:\nrank {1 + order.index(own[-1])} of 101")
+        assert expected[1][0] == own[-1] != expected[2][0]
+        rows, target = vlm2rec.protocol_rows(run, test, z, e, vlm2rec.cosine, n)
+        assert list(rows) == labels and target == own[-1]
+        for row, shown in enumerate(expected):
+            for column, item in enumerate(shown):
+                x, y = left + 106 + 96 * column, 24 + 116 * row + 6
+                assert items[tuple(sheets[y + 36, x + 36])] == item
+                framed = tuple(sheets[y - 1, x - 1]) == (0, 128, 0)
+                assert framed == (item == own[-1])
 
 # Bad input ---------------------------------------------------------------------------------------
 
@@ -1981,21 +2204,42 @@ OUT_OF_RANGE = [
 
 @pytest.mark.parametrize("flags, words", [
     *[(flags, flags) for flags in OUT_OF_RANGE],
-    ("--batch 34", "take --batch <= --train-users <= 33, all"), ("--train-users 7", "take --batch"),
-    ("--train-users 34", "--train-users <= 33"), ("--recommend", "holds no finished run"),
     ("--method sasrec --adapter a", "sasrec does not read a"), ("--embeddings v", "not read v"),
-    ("--domain nowhere", "nowhere/items.csv is missing"), ("--device cuda", "--device cpu can"),
-    ("--domain ./nowhere", "nowhere/items.csv is missing"), ("--adapter nowhere", "nowhere"),
-    ("--embeddings no.npy --method mean-pool", "no.npy"), ("--method mean-pool", "--embeddings"),
-    ("--model ./nope", "--model ./nope: there is no such folder"), ("--image-size 57", "a multiple of 28"),
-    ("--model nobody/nothing", "--model nobody/nothing does not load"),
-    ("--method sda --lora-rank 6", "--lora-rank in multiples of 4"), ("--out /dev/null", "/dev/null"),
-    ("--method sasrec --recommend i1", "sasrec-seed0 holds no finished run"),
-    ("--seeds 0", "--seeds 0: out of range")])
-def test_a_bad_flag_gets_one_line(flags, words, few, tmp_path, capsys):
-    flags = ["--domain", "few", "--out", tmp_path, "--log-every", "1", *flags.split()]
-    told(capsys, command(few, *flags), words)
+    ("--method sda --lora-rank 6", "--lora-rank in multiples of 4"),
+    ("--method mean-pool", "--embeddings"),
+    ("--method sft mean-pool --model tiny", "--embeddings"),
+    ("--seeds 0", "--seeds 0: out of range"), ("--device cuda", "--device cpu can"),
+    ("--model ./nope", "--model ./nope: there is no such folder"),
+    ("--model Qwen/Qwen2.5-VL-3B-Instruct", "there is no CUDA, and Qwen/Qwen2.5-VL-3B-Instruct "
+     "(7.5 GB) takes days without: --model tiny tries your files"),
+    ("--image-size 57", "--image-size 57: take a multiple of 28"),
+    ("--method sft vision --image-size 57", "a multiple of 28"),
+    ("--adapter nowhere", "--adapter nowhere: there is no"),
+    ("--embeddings no.npy --method mean-pool", "--embeddings no.npy: there is no"),
+    ("--domain nowhere", "nowhere/items.csv is missing"),
+    ("--domain ./nowhere", "nowhere/items.csv is missing"),
+    ("--recommend", "vlm2rec-seed0 holds no finished run"),
+    ("--method sasrec --recommend i1", "sasrec-seed0 holds no finished run")])
+def test_what_is_wrong_by_itself_gets_one_line_before_anything_is_fetched(
+        flags, words, home, tmp_path, monkeypatch, capsys):
+    fetched = Mock(side_effect=OSError("the download began"))
+    monkeypatch.setattr(data, "prepare_domain", fetched)
+    flags = ["--domain", "toys", "--out", tmp_path, *flags.split()]
+    told(capsys, command(home, *flags), words)
+    assert not fetched.called and not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize("flags, words", [
+    ("--batch 34", "take --batch <= --train-users <= 33, all"), ("--train-users 7", "take --batch"),
+    ("--train-users 34", "--train-users <= 33"), ("--out /dev/null", "/dev/null"),
+    ("--model nobody/nothing", "--model nobody/nothing does not load")])
+def test_what_does_not_fit_the_domain_gets_one_line(flags, words, few, tmp_path, capsys):
+    told(capsys, command(few, "--domain", "few", "--out", tmp_path, *flags.split()), words)
     assert not list(tmp_path.rglob("table.md"))
+
+def test_all_runs_of_a_command_are_checked_before_the_first_is_trained(copied, monkeypatch, capsys):
+    monkeypatch.delattr(vlm2rec, "execute")
+    flags = ["--method", "sft", "vlm2rec", "--lr", 7e-3]
+    told(capsys, command(copied, *BRIEF, *flags), "vlm2rec-seed0 holds a run with lr 0.002")
 
 def tensors(change):
     """Writes what `change` makes of a file's tensors."""
@@ -2004,11 +2248,37 @@ def tensors(change):
         save_file({name: w.contiguous() for name, w in changed.items()}, path, {"format": "pt"})
     return spoil
 
+def changed(old, new):
+    return lambda path: edit(path.parent, path.name, old, new, -1)
+
+def empty_tokenizer(path):
+    """As transformers makes one where a class is named, and no file of it is there."""
+    path.unlink()
+    edit(path.parent, "tokenizer_config.json", "TokenizersBackend", "Qwen2Tokenizer")
+
+def rename_a_mark(path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        edit(path.parent, name, "vision_start", "another", -1)
+
+def add_token(word):
+    def add(path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent)
+        tokenizer.add_tokens([word])
+        tokenizer.save_pretrained(path.parent)
+    return add
+
 @pytest.mark.parametrize("file, spoil, words", [
     ("m/model.safetensors", lambda path: path.write_text("version https://git"), "git-lfs p"),
     ("m/model.safetensors", tensors(lambda w: {k: w[k] for k in w if "visual.blocks.0" not in k}),
      "lack ['visual.blocks.0"),
     ("m/tokenizer.json", Path.unlink, "does not load"),
+    ("m/tokenizer.json", empty_tokenizer, "m lacks words, an end or "),
+    ("m/tokenizer_config.json", changed('"eos_token"', '"eos"'), "m lacks words, an end or "),
+    ("m/tokenizer.json", rename_a_mark, "an end or ['<|vision_start|>']"),
+    ("m/tokenizer.json", add_token("kite"), "gives token 434, the model has 434"),
+    ("m/adapter_config.json", lambda path: path.write_text("{}"), "merge it, or give it as --ada"),
+    ("m/config.json", lambda path: transformers.LlavaConfig(
+        vision_config={"model_type": "pixtral"}).to_json_file(path), "its pictures vary in size"),
     ("m/config.json", lambda path: path.write_text('{"model_type": "bert"}'), "is of type bert"),
     ("m/config.json", lambda path: path.write_text(path.read_text().replace(": 8192", ": 20")),
      "tokens, the model holds 20: "),
@@ -2023,6 +2293,57 @@ def test_a_model_or_adapter_that_does_not_fit(file, spoil, words, finished, few,
     flags = ["--out", tmp_path, "--model", tmp_path / "m", "--image-size", 56]
     adapter = ["--adapter", tmp_path / "a"] if file[0] == "a" else []
     told(capsys, command(few, *BRIEF, *flags, *adapter), words)
+
+def test_an_adapter_in_a_models_folder_is_not_put_on_in_silence(finished, few, tmp_path):
+    shutil.copytree(few / "domains" / "tiny-qwen2.5-vl", tmp_path, dirs_exist_ok=True)
+    shutil.copytree(finished / "adapter", tmp_path, dirs_exist_ok=True)
+    with pytest.raises(data.InputError, match="an adapter is in its folder: merge it"):
+        vlm2rec.load_vlm(str(tmp_path), "main", "cpu")
+
+def test_a_token_that_no_prompt_uses_may_be_beyond_the_models(few, tmp_path):
+    shutil.copytree(few / "domains" / "tiny-qwen2.5-vl", tmp_path, dirs_exist_ok=True)
+    add_token("rhododendron")(tmp_path / "tokenizer.json")
+    vlm2rec.build_encoder(open_small(few, domain="few", model=str(tmp_path)))
+
+TUNED = {  # adapters of elsewhere
+    "LoRA": peft.LoraConfig(target_modules=r"language_model.*q_proj"),
+    "visual.blocks.0.attn.qkv": peft.LoraConfig(target_modules=["attn.qkv"]),
+    "visual.merger.mlp.0": peft.LoraConfig(target_modules=r"visual.merger.*mlp\.0"),
+    "PROMPT_TUNING": peft.PromptTuningConfig(num_virtual_tokens=2)}
+
+@pytest.mark.parametrize("name", TUNED)
+def test_adapters_that_would_not_act_as_where_they_were_trained_are_refused_by_name(
+        name, few, tmp_path, capsys):
+    base = str(few / "domains" / "tiny-qwen2.5-vl")
+    if name == "PROMPT_TUNING":
+        TUNED[name].save_pretrained(tmp_path)
+    else:
+        model = transformers.AutoModel.from_pretrained(base)
+        peft.get_peft_model(model, TUNED[name]).save_pretrained(tmp_path)
+    vlm, _, _ = vlm2rec.load_vlm(base, "main", "cpu")
+    config = vlm2rec.Config(model=base, adapter=str(tmp_path))
+    if name == "LoRA":
+        vlm2rec.add_lora(vlm, config)
+        assert "was trained on" not in capsys.readouterr().out
+        edit(tmp_path, "adapter_config.json", base, "another/base")
+        vlm, _, _ = vlm2rec.load_vlm(base, "main", "cpu")
+        vlm2rec.add_lora(vlm, config)
+        assert f"{tmp_path} was trained on another/base, revision" in capsys.readouterr().out
+    else:
+        with pytest.raises(data.InputError, match=f"does not fit .*{name}.* would not be used"):
+            vlm2rec.add_lora(vlm, config)
+
+def test_qwen_saved_by_its_class_with_a_head_loads(few, tmp_path):
+    """As transformers 5 names its tensors: model.visual.*, model.language_model.*, lm_head."""
+    base = few / "domains" / "tiny-qwen2.5-vl"
+    def rename(w):
+        name = lambda key: re.sub(r"^model\.(?=layers|embed|norm)", "language_model.", key)
+        head = {"lm_head.weight": next(w[key] for key in w if "embed_tokens" in key).clone()}
+        return {f"model.{name(key)}": value for key, value in w.items()} | head
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    tensors(rename)(tmp_path / "model.safetensors")
+    one, other = (vlm2rec.load_vlm(str(path), "main", "cpu")[0] for path in (base, tmp_path))
+    torch.testing.assert_close(other.state_dict(), one.state_dict(), rtol=0, atol=0)
 
 @pytest.mark.parametrize("error, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try"),
@@ -2116,6 +2437,8 @@ def test_the_readme_names_what_there_is():
     flags = {f"--{name.replace('_', '-')}" for name in vars(vlm2rec.Config())}
     said = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert said <= flags | {"--seeds", "--recommend", "--mirror", "--help"}
-    for row in re.findall(r"^\| (?:Eq|Section).*?\| (.*?) \|", README, re.M):
+    rows = re.findall(r"^\| (?:Eq|Section).*?\| (.*?) \|", README, re.M)
+    assert len(rows) > 8
+    for row in rows:
         for name in re.findall(r"`([\w.]+)`", row):
             assert functools.reduce(getattr, name.split("."), vlm2rec)
