@@ -1639,7 +1639,7 @@ def test_the_comparison_by_hand(tmp_path):
         run.mkdir()
         (run / "table.md").touch()
         columns = dict.fromkeys(("H@10", "N@10", "H@20", "N@20"), score)
-        (run / "metrics.json").write_text(json.dumps({"test": columns}))
+        (run / "metrics.json").write_text(json.dumps({"test": columns, "users": 4}))
         config = settings | {"method": name, "seed": seed, "lr": lr}
         (run / "config.json").write_text(json.dumps(config))
         rows = [[user, rank] for user, rank in zip("abcd", ranks)]

@@ -525,9 +525,9 @@ def complete(config):
     """Fill in what depends on other settings; InputError for what is out of range or not read."""
     if config.model is None:
         config.model = "tiny" if config.domain == "sample" else PAPERS_MODEL
-    tiny = config.model == "tiny"  # random weights need a larger rate, and no large pictures
-    depends = {"lr": 1e-3 if tiny else 1e-5, "image_size": 56 if tiny else 168,
-               "checkpointing": "off" if tiny else "on"}
+    depends = {"lr": 1e-5, "image_size": 168, "checkpointing": "on"}
+    if config.model == "tiny":  # random weights need a larger rate, and no large pictures
+        depends = {"lr": 1e-3, "image_size": 56, "checkpointing": "off"}
     for name, value in depends.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -739,17 +739,16 @@ def add_lora(vlm, config):
     """Put LoRA into the language model, new or --adapter's; InputError if it does not fit."""
     decoder = vlm.get_decoder()
     place = next(name for name, module in vlm.named_modules() if module is decoder)
+    revision = vlm.commit or config.revision
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=rf"{re.escape(place)}.*_proj\w*",
-        revision=vlm.commit or config.revision)
+        target_modules=rf"{re.escape(place)}.*_proj\w*", revision=revision)
     with readable(f"LoRA, or --adapter {config.adapter}, does not fit --model and --method"):
         if config.adapter:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
-            base = vlm.config._name_or_path
-            if (settings.base_model_name_or_path, settings.revision) != (base, config.revision):
-                print(f"note: {config.adapter} was trained on {settings.base_model_name_or_path}, "
-                      f"revision {settings.revision}; here it meets {base}, {config.revision}")
+            trained_on = f"{settings.base_model_name_or_path}, {settings.revision}"
+            if trained_on != f"{vlm.config._name_or_path}, {revision}":
+                print(f"note: {config.adapter} was trained on {trained_on}")
             settings.inference_mode = False  # else no weight of it would count as trained
         if settings.peft_type != "LORA":
             raise ValueError(f"{settings.peft_type} would not be used")
@@ -805,9 +804,9 @@ def run_folder(config):
         name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
     return Path(config.out, os.path.basename(source), f"{name}-seed{config.seed}")
 
-def open_run(config, domain=None):
-    """Prepare and read what a run needs, unless the domain is given. What can be known of the
-    other settings is checked before anything is fetched. Raises InputError."""
+def open_run(config, first=None):
+    """Prepare and read what a run needs, or take it from the `first` run of a command. What can be
+    known of the settings is checked before anything is fetched. Raises InputError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -818,9 +817,9 @@ def open_run(config, domain=None):
     folder = run_folder(config)
     if METHODS[config.method].modalities and not (folder / "table.md").exists():
         check_model(config, device)
-    settings = run_settings(config)
+    settings = run_settings(config, first)
     source = data.prepare_domain(config.domain, Path(config.data_dir))
-    domain = domain or data.read_domain(source)
+    domain = first.domain if first else data.read_domain(source)
     settings["data"] = domain.digest
     users = len(domain.user_ids)
     if not config.batch <= (config.train_users or users) <= users:
@@ -855,7 +854,7 @@ def digest_of(path):
             content.update(hashlib.file_digest(file, "sha256").digest())
     return content.hexdigest()[:16]
 
-def run_settings(config):
+def run_settings(config, first=None):
     """What a run's numbers depend on. What is given as a file or folder is known by its content,
     wherever it lies. "paths" and "code" are written beside, and do not tell runs apart."""
     settings = asdict(config)
@@ -865,17 +864,20 @@ def run_settings(config):
     for name, path in settings["paths"].items():
         if name != "model" and path and not os.path.exists(path):
             raise InputError(f"--{name} {path}: there is no such file or folder")
-        if path != "tiny" and os.path.exists(path):
+        if first and path == first.settings["paths"][name]:
+            settings[name] = first.settings[name]
+        elif path != "tiny" and os.path.exists(path):
             settings[name] = digest_of(path)
     settings["code"] = {"source": digest_of(__file__) + digest_of(data.__file__),
                         "torch": torch.__version__, "transformers": transformers.__version__}
     return settings
 
-def differences(before, now, aside=("paths", "code")):
+def differences(before, now, aside=()):
     """The settings of one run that another has not: "lr 0.001, epochs 1"; or ""."""
+    aside = {*aside, "paths", "code"}
     names = [name for name in now if name not in aside and before.get(name) != now[name]]
-    return ", ".join("the catalogue as it was before it changed" if name == "data" else
-                     f"{name} {before.get(name)}" for name in names)
+    words = {"data": "the catalogue as it was before it changed"}
+    return ", ".join(words.get(name, f"{name} {before.get(name)}") for name in names)
 
 def check_folder(run):
     """InputError if a run's folder holds another run; a line if other code made what is there."""
@@ -1031,7 +1033,7 @@ def write_results(run, test, ranks, scores, collapse):
     for name, users in parts.items():
         scores[name] = hits_and_ndcg(ranks[0][users]) if users.any() else None
     about = {"domain": domain.name, "method": run.config.method, "seed": run.config.seed,
-             "model": run.config.model}
+             "model": run.config.model, "users": len(targets)}
     data.write_text(run.folder / "metrics.json", json.dumps(about | scores | collapse, indent=1))
     return verdict(ranks[0], popular, scores) + report(run.folder.name, scores, collapse)
 
@@ -1046,12 +1048,10 @@ def mean_and_error(values):
 def verdict(ranks, popular, scores):
     """A run in words: against the better of popularity and chance, paired over the test's users."""
     name = max(("popularity", "chance"), key=lambda name: scores[name]["N@10"])
-    other = gains(popular) if name == "popularity" else scores["chance"]["N@10"]
-    above = gains(ranks) - other
-    clear = above.mean().abs() > 2 * above.std() / math.sqrt(len(above))
-    word = "not distinguishable from"
-    if clear:
-        word = "above" if above.mean() > 0 else "BELOW"
+    above = gains(ranks) - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
+    word = "above" if above.mean() > 0 else "BELOW"
+    if above.mean().abs() <= 2 * above.std() / math.sqrt(len(above)):
+        word = "not distinguishable from"
     text = (f"The test's N@10, {scores['test']['N@10']:.4f}, is {word} that of {name}, "
             f"{scores[name]['N@10']:.4f}: {mean_and_error(above)} (standard error, over users).\n")
     if "untrained" in scores and scores["valid"]["N@10"] < scores["untrained"]["N@10"] + 0.001:
@@ -1073,15 +1073,13 @@ def report(name, scores, collapse):
     rest = {row: values for row, values in scores.items()
             if row not in first and isinstance(values, dict)}
     tables = {name: {row: scores[row] for row in first}, "beside it": rest, **collapse}
-    text = ""
-    for title, rows in tables.items():
-        text += f"\n{table(title, rows)}{EXPLAINED.get(title, EXPLAINED['H@k'])}\n"
-    return text
+    return "".join(f"\n{table(title, rows)}\n{EXPLAINED.get(title, EXPLAINED['H@k'])}\n"
+                   for title, rows in tables.items())
 
 def table(title, rows):
     """Named rows of scores as Markdown, without those that are None; the last row's columns."""
     rows = {name: row for name, row in rows.items() if row}
-    columns = list(next(reversed(rows.values())))
+    columns = list(next(reversed(rows.values()), []))
     lines = [[title, *columns], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
         cells = [row[column] for column in columns]
@@ -1114,26 +1112,24 @@ def execute(run):
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
 class Finished(NamedTuple):
-    """A finished run as its files tell."""
-    name: str        # with what is given, without the seed
+    """A finished run, as its files tell."""
     settings: dict
-    scores: dict
+    test: dict
     gains: torch.Tensor  # (U,), of the users in their ids' order
 
 def read_finished(folder):
     """A finished run; InputError, which names the file, if it is damaged."""
-    settings = read_json(folder / "config.json")
     scores = read_json(folder / "metrics.json")
-    ranks = {user: float(rank) for _, user, rank in
-             data.read_csv(folder / "ranks.csv", ("user_id", "rank"))}
-    name = folder.name.removesuffix(f"-seed{settings['seed']}")
-    ordered = torch.tensor([ranks[user] for user in sorted(ranks)], dtype=torch.double)
-    return Finished(name, settings, scores, gains(ordered))
+    rows = data.read_csv(folder / "ranks.csv", ("user_id", "rank"))
+    ranks = [float(rank) for _, user, rank in sorted(rows, key=lambda row: row[1])]
+    if len(ranks) != scores["users"]:
+        raise InputError(f"{folder}/ranks.csv has {len(ranks)} of {scores['users']} users")
+    return Finished(read_json(folder / "config.json"), scores["test"], gains(torch.tensor(ranks)))
 
 def against(ours, theirs):
     """Ours above theirs, {seed: Finished}, in N@10: over three or more shared seeds, or over the
     users, whose spread is not that of another training."""
-    seeds = sorted(set(ours) & set(theirs))
+    seeds = set(ours) & set(theirs)
     if not seeds or ours is theirs:
         return "-"
     above = torch.stack([ours[seed].gains - theirs[seed].gains for seed in seeds])  # (seeds, U)
@@ -1143,29 +1139,28 @@ def against(ours, theirs):
 
 def comparison(folder, settings):
     """Mean ± standard deviation over each method's seeds, and vlm2rec against each. Runs whose
-    other settings are not these `settings` are rows of their own, with what differs; a damaged run
-    is named and left out."""
+    other settings are not these are rows of their own, with what differs; damaged ones are named."""
     groups = {}
-    lost = []
+    lost = ""
     for path in sorted(folder.glob("*/table.md")):
         try:
             run = read_finished(path.parent)
-            aside = ("method", "seed", "adapter", "embeddings", "paths", "code")
-            other = differences(run.settings, settings, aside)
-            groups.setdefault((other, run.name), {})[run.settings["seed"]] = run
+            seed = run.settings["seed"]
+            other = differences(run.settings, settings, ("method", "seed", "adapter", "embeddings"))
+            name = path.parent.name.removesuffix(f"-seed{seed}") + (f" ({other})" if other else "")
+            groups.setdefault((other, name), {})[seed] = run
         except (InputError, KeyError, ValueError) as error:
-            lost.append(f"left out, as it is damaged: {path.parent} ({error})\n")
+            lost += f"left out, as it is damaged: {path.parent} ({error})\n"
     rows = {}
     for (other, name), runs in sorted(groups.items()):
         row = {"seeds": str(len(runs))}
         for column in ("H@10", "N@10", "H@20", "N@20"):
-            values = torch.tensor([run.scores["test"][column] for run in runs.values()])
-            spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
+            values = torch.tensor([run.test[column] for run in runs.values()])
+            spread = f" ± {values.std():.4f}" if len(runs) > 1 else ""
             row[column] = f"{values.mean():.4f}{spread}"
-        row["vlm2rec above it, N@10"] = against(groups.get((other, "vlm2rec"), {}), runs)
-        rows[f"{name} ({other})" if other else name] = row
-    text = table(f"test, runs in {folder}", rows) if rows else ""
-    return text + "".join(lost)
+        ours = groups.get((other, "vlm2rec" + (f" ({other})" if other else "")), {})
+        rows[name] = row | {"vlm2rec above it, N@10": against(ours, runs)}
+    return table(f"test, runs in {folder}", rows) + lost
 
 # ---- Terms that the paper's loss has not: the simplest control there is, and SDA's ----
 # SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA, and MoDA's gates.
@@ -1355,25 +1350,25 @@ def recommend(run, history, k=10):
     ids = run.domain.item_ids
     unknown = [item for item in history if item not in ids]
     adapter = run.folder / "adapter"
-    for wrong, why in (
-            (not run.method.modalities, f"--method {run.config.method} has no encoder"),
-            (before["data"] != run.domain.digest, "its catalogue has changed since"),
-            (run.method.trains and not adapter.exists(), f"{adapter} is missing"),
-            (not history, "give at least one item id, the oldest first"),
-            (unknown, f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)")):
-        if wrong:
-            raise InputError(f"{run.folder} cannot recommend: {why}")
+    wrong = {
+        f"--method {run.config.method} has no encoder": not run.method.modalities,
+        "its catalogue has changed since": before["data"] != run.domain.digest,
+        f"{adapter} is missing": run.method.trains and not adapter.exists(),
+        "give at least one item id, the oldest first": not history,
+        f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)": unknown}
+    for why in filter(wrong.get, wrong):
+        raise InputError(f"{run.folder} cannot recommend: {why}")
     known = {name: before[name] for name in asdict(run.config) if name in before}
     known["adapter"] = str(adapter) if adapter.exists() else ""
     known["model"] = run.config.model
-    if run.settings["model"] != before["model"]:
+    if run.settings["model"] != before["model"]:  # given by another path, or not given
         known["model"] = before["paths"]["model"]
     run = run._replace(config=replace(run.config, **known))
     if run_settings(run.config)["model"] != before["model"]:
         raise InputError(f"the files of --model {known['model']} have changed since {run.folder}")
     path = run.folder / "items.safetensors"
-    with readable(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
-        e = file.get_tensor("fused")
+    with readable(f"{path} is missing or damaged"):
+        e = load_file(path)["fused"]
     items = [ids.index(item) for item in history]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
@@ -1423,7 +1418,7 @@ def show_recommendations(config, history):
 def run_all(configs):
     """Check all runs, then do one after the other."""
     first = open_run(configs[0])
-    runs = [first, *(open_run(config, first.domain) for config in configs[1:])]
+    runs = [first] + [open_run(config, first) for config in configs[1:]]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {first.device}\n"
           f"{data.describe(first.domain)}")
     if first.config.model == "tiny" and first.config.domain != "sample":
