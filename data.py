@@ -16,6 +16,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -27,7 +28,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from time import sleep
 from unicodedata import normalize
 
@@ -41,6 +42,7 @@ NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
 VALIDATION_USERS = 2000  # at most so many are scored after each epoch; the paper does not say
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
 MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
+UNFIT = "too large, small, thin or deep"  # says load_picture of what it could decode
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
 ITEMS = ("item_id", "title", "image")
 EVENTS = ("user_id", "item_id", "timestamp")
@@ -61,6 +63,7 @@ class Domain:
     tied: list[bool]            # per user: was the test item decided by a tie in time?
     dropped: dict[str, int]     # reason: how many
     dropped_items: list[tuple]  # items that cannot be shown: item_id, reason, detail
+    remarks: list[str]          # what is odd, though it can be used
     digest: str                 # of what is kept and of the bytes of the pictures
 
 def read_file(path: Path) -> bytes | None:
@@ -83,13 +86,10 @@ def read_csv(path: Path, columns: tuple):
     content = read_file(path)
     if content is None:
         raise InputError(f"{path} is missing or not a regular file; {needs}")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8; save it as UTF-8") from None
-    sign = max(",;\t", key=text.partition("\n")[0].count)
+    head = re.match(rb"[^\r\n]*", content)[0].decode("latin-1")  # an old Mac's lines end with CR
+    sign = max(",;\t", key=head.count)
     csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline="")
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
     rows = csv.reader(lines, delimiter=sign, skipinitialspace=True, strict=True)
     line = 1  # where the row begins
     try:
@@ -101,55 +101,104 @@ def read_csv(path: Path, columns: tuple):
         for row in rows:
             if row and len(row) != len(header):
                 raise csv.Error(f"{len(row)} fields where the header has {len(header)}")
+            if rows.line_num > line and holds_rows(row, sign):
+                raise csv.Error("a quote opens here and closes in a later row; write it twice")
             if row:
                 yield f"{path}, line {line}", *(row[place].strip() for place in places)
             line = rows.line_num + 1
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8; save it as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: {error}; {needs}") from None
+
+def holds_rows(row, sign):
+    """Is a row of several lines made of whole rows? Its quotes then belong to two titles."""
+    lines = re.split("\r\n?|\n", sign.join(row))
+    return len(lines) > 1 and all(line.count(sign) == len(row) - 1 for line in lines)
 
 def read_items(folder: Path) -> dict:
     """items.csv as {item_id: (title, path)}. A path may not lead out of the folder, a link may."""
     items = {}
+    listings = {}
     for where, item, title, image in read_csv(folder / "items.csv", ITEMS):
         item = read_id(item, where)
         if item in items:
             raise InputError(f"{where}: item_id {item!r} is there twice; drop a row")
-        if Path(image).is_absolute() or ".." in Path(image).parts:
-            raise InputError(f"{where}: {image[:200]!r} leads out of {folder}; copy it there")
-        for form in ("NFC", "NFD"):  # a file's name from a Mac has its accents apart
-            if not os.path.exists(folder / image):
-                image = normalize(form, image)
+        if Path(image).is_absolute() or ".." in re.split(r"[/\\]", image):
+            raise InputError(f"{where}: {image[:200]!r} has a root or .. in it; copy it into "
+                             f"{folder}, and write its path from there")
+        if not os.path.exists(folder / image):
+            image = find_file(folder, image, listings)
         items[item] = (" ".join(title.split()), image)
     return items
+
+def find_file(folder, image, listings):
+    """The path of a file that Windows or a Mac named: by \\, in other case, its accents apart."""
+    def fold(name):
+        return normalize("NFC", name).casefold()
+    path = folder
+    for part in PurePosixPath(image.replace("\\", "/")).parts:
+        if path not in listings:
+            names = os.listdir(path) if os.path.isdir(path) else []
+            listings[path] = {fold(name): name for name in names}
+        path = path / listings[path].get(fold(part), part)
+    return str(path.relative_to(folder)) if os.path.exists(path) else image
 
 def read_id(text, where):
     """An id in Unicode's form NFC, unless it is empty or a number that lost digits."""
     rounded = re.fullmatch(r"-?\d[.,](\d+)[eE]\+(\d{1,3})", text)  # such as 6.20386E+12
     if not text or rounded and len(rounded[1]) < int(rounded[2]):
         raise InputError(f"{where}: id {text!r} is empty, or rounded by a spreadsheet; mend it")
-    return normalize("NFC", text)
+    return sys.intern(normalize("NFC", text))  # one string, however many rows have it
 
 def read_interactions(folder, items):
-    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first."""
+    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first, and the number
+    of rows of each item that items.csv lacks."""
+    path = folder / "interactions.csv"
     users = {}  # in the file's order
     rows = []
-    times = []
-    for where, user, item, timestamp in read_csv(folder / "interactions.csv", EVENTS):
+    unknown = Counter()
+    first = stranger = None
+    for where, user, item, timestamp in read_csv(path, EVENTS):
         user = read_id(user, where)
         item = read_id(item, where)
-        if item not in items:
-            raise InputError(f"{where}: item_id {item!r} is not in items.csv; {[*items][:2]} are")
         is_date, when = parse_time(timestamp)
-        if not numpy.isfinite(when):
+        if re.fullmatch(r"-?\d([.,]\d{0,6})?[eE]\+?(0?[89]|[1-9]\d)", timestamp):
+            raise InputError(f"{where}: time {timestamp!r} was rounded by a spreadsheet; mend it")
+        if not math.isfinite(when):
             raise InputError(f"{where}: timestamp {timestamp!r} is no number and no ISO 8601 date")
+        first = first or (is_date, f"{where} has {timestamp}")
+        if is_date != first[0]:
+            raise InputError(f"{where} has {timestamp}, but {first[1]}: times of two units; "
+                             "write all in one")
         users.setdefault(user, len(users))
-        rows.append((user, item, when))
-        times.append((is_date, when, f"{where} has {timestamp}"))
-    for (is_date, low, first), (next_is_date, high, second) in itertools.pairwise(sorted(times)):
-        gap = not is_date and low > 86400 and high > max(1e8, 30 * low)  # 0 may mean "unknown"
-        if gap or is_date != next_is_date:
-            raise InputError(f"{second}, but {first}: times of two units; write all in one")
-    return sorted(rows, key=lambda row: (users[row[0]], row[2]))
+        if item in items:
+            rows.append((user, item, when))
+        else:
+            stranger = stranger or f"{where}: item_id {item!r}"
+            unknown[item] += 1
+    if unknown.total() > len(rows):
+        raise InputError(f"{stranger} is not in items.csv, nor are those of most rows; "
+                         f"{[*items][:2]} are")
+    if rows and not is_date:
+        check_units(path, rows)
+    rows.sort(key=lambda row: row[2])
+    rows.sort(key=lambda row: users[row[0]])
+    return rows, unknown
+
+def check_units(path, rows):
+    """Raise where times cannot be of one unit: seconds and milliseconds, days or serial dates."""
+    times = numpy.unique([when for _, _, when in rows])
+    times = times[(abs(times) > 86400) | (times % 900 > 0)]  # without 0, "unknown", in any zone
+    low, high = times[:-1], times[1:]
+    gap = (low > 9000) & (high > 1e8) & (high > 30 * low)  # 9000 days after 1970 it was 1994
+    if gap.any():
+        found = {high[gap][0]: "", low[gap][0]: ""}
+        for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
+            when = parse_time(timestamp)[1]
+            if when in found:
+                found[when] = found[when] or f"{where} has {timestamp}"
+        raise InputError(f"{', but '.join(found.values())}: times of two units; write all in one")
 
 def parse_time(timestamp):
     """(is it a date?, the number, or seconds since 1970; UTC if it names no zone; else NaN)."""
@@ -166,18 +215,31 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
         short, long = sorted(picture.size)
         thin = short < 2 or long > MAX_RATIO * short
         if thin or short * long > MAX_PIXELS or picture.mode in ("I", "F"):  # of no known range
-            raise ValueError(f"{picture.size} {picture.mode}: too large, small, thin or deep")
+            raise ValueError(f"{picture.size} {picture.mode}: {UNFIT}")
         picture.load()
         with contextlib.suppress(Exception):  # broken EXIF does not say how it was turned
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
             picture = Image.fromarray((numpy.asarray(picture) // 256).astype("uint8"))
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture.convert("RGB")
 
-def in_threads(work, inputs, name):
+def flaw(content: bytes, name: str) -> str:
+    """Why a picture cannot be shown, or "". That memory runs out is not the picture's fault."""
+    try:
+        load_picture(io.BytesIO(content))
+    except Exception as error:  # which one a damaged file raises is up to its decoder
+        said = re.sub(r" <.*?>|\s", " ", str(error))[:100]
+        if isinstance(error, MemoryError) or "memory" in said:  # Pillow has words of its own
+            raise MemoryError(f"out of memory while decoding {name}") from error
+        return said.strip() or type(error).__name__
+    return ""
+
+def in_threads(work, inputs, name, threads):
     """Yield work(input) of each input, in their order, with a bar; Ctrl-C ends it at once."""
-    with warnings.catch_warnings(action="ignore"), ThreadPool(16) as pool:  # Pillow's warnings
+    with warnings.catch_warnings(action="ignore"), ThreadPool(threads) as pool:  # Pillow's warnings
         yield from tqdm(pool.imap(work, inputs), name, len(inputs), leave=False, disable=None)
 
 def core(rows, k=CORE, room=0):
@@ -191,40 +253,56 @@ def core(rows, k=CORE, room=0):
             return kept
         rows = kept
 
+def check_item(folder, title, image):
+    """(digest of the picture, "", ""), or ("", why the item cannot be shown, detail)."""
+    content = read_file(folder / image)
+    if not title or content is None:
+        return "", "no file" if title else "no title", image[:100]
+    reason = flaw(content, image)
+    if reason:
+        return "", "not decodable", reason
+    return hashlib.blake2b(content, digest_size=16).hexdigest(), "", ""
+
 def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop what cannot be shown and all but the first of a repeat; 5-core."""
     folder = Path(folder)
     items = read_items(folder)
-    rows = read_interactions(folder, items)
-    def check(item):  # (digest of the picture, "", ""), or ("", why it cannot be shown, detail)
-        title, image = items[item]
-        content = read_file(folder / image)
-        if not title or content is None:
-            return "", "no file" if title else "no title", image[:100]
-        try:
-            load_picture(io.BytesIO(content))
-        except Exception as error:  # which one a damaged file raises is up to its decoder
-            return "", "not decodable", re.sub(r" <.*?>|\s", " ", str(error))[:100]
-        return hashlib.blake2b(content, digest_size=16).hexdigest(), "", ""
-    checks = dict(zip(items, in_threads(check, list(items), "check pictures")))
+    rows, unknown = read_interactions(folder, items)
+    def check(item):
+        return check_item(folder, *items[item])
+    threads = min(16, os.cpu_count())  # each takes the memory of a picture
+    checks = dict(zip(items, in_threads(check, list(items), "check pictures", threads)))
     lost = [(item, *why) for item, (_, *why) in checks.items() if why[0]]
     untitled = [reason for _, reason, _ in lost].count("no title")
     shown = [row for row in rows if checks[row[1]][0]]
-    first = {row[:2]: row for row in reversed(shown)}  # the earliest, as it is put in last
-    dense = core([row for row in shown if first[row[:2]] is row])
+    first = []
+    for _, events in itertools.groupby(shown, lambda row: row[0]):
+        earliest = {}
+        for row in events:
+            earliest.setdefault(row[1], row)
+        first += earliest.values()
+    dense = core(first)
     kept = core(dense, room=NEGATIVES)
-    most = len({item for _, item, _ in dense}) - NEGATIVES
-    crowded = sorted(user for user, n in Counter(row[0] for row in dense).items() if n > most)
     dropped = {"items without a title": untitled,
                "items without a decodable picture": len(lost) - untitled,
                "interactions with such items": len(rows) - len(shown),
-               "repeated interactions": len(shown) - len(first),
-               f"users with too many items for {NEGATIVES} negatives {crowded[:3]}": len(crowded),
-               "interactions outside the 5-core, or of such users": len(first) - len(kept)}
+               f"interactions with items that items.csv lacks {[*unknown][:3]}": unknown.total(),
+               "repeated interactions": len(shown) - len(first)}
+    most = len({item for _, item, _ in dense}) - NEGATIVES
     if not kept:
-        gone = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-        raise InputError(f"{folder}: nothing is left: a user needs {CORE} items and {NEGATIVES} "
-                         f"others, an item {CORE} users; dropped: {gone} {lost[:3]}")
+        cause = f"a user needs {CORE} items and {NEGATIVES} others, an item {CORE} users"
+        if dense:
+            cause = f"{most + NEGATIVES} items; more than {NEGATIVES} and a user's own are needed"
+        if len(shown) < len(rows) / 2:
+            item, reason, detail = lost[0]
+            cause = (f"{len(lost)} of {len(items)} items cannot be shown, such as {item!r}: "
+                     f"{reason} {detail!r}")
+        gone = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        raise InputError(f"{folder}: nothing is left: {cause}; dropped: {gone or 'nothing yet'}")
+    crowded = sorted(user for user, n in Counter(row[0] for row in dense).items() if n > most)
+    dropped |= {
+        f"users with too many items for {NEGATIVES} negatives {crowded[:3]}": len(crowded),
+        "interactions outside the 5-core, or of such users": len(first) - len(kept)}
     return index_domain(folder, items, checks, kept, dropped, lost)
 
 def index_domain(folder, items, checks, rows, dropped, lost):
@@ -234,17 +312,47 @@ def index_domain(folder, items, checks, rows, dropped, lost):
     index = {item: number for number, item in enumerate(item_ids)}
     titles = [items[item][0] for item in item_ids]
     pictures = [folder / items[item][1] for item in item_ids]
-    users = {}
-    for user, item, when in rows:
-        users.setdefault(user, []).append((index[item], when))
-    sequences = [[item for item, _ in events] for events in users.values()]
-    tied = [events[-1][1] == events[-2][1] for events in users.values()]
     shown = [checks[item][0] for item in item_ids]
+    users = {}
+    times = {}
+    for user, item, when in rows:
+        users.setdefault(user, []).append(index[item])
+        times.setdefault(user, []).append(when)
+    sequences = list(users.values())
+    tied = [mine[-1] == mine[-2] for mine in times.values()]
     content = json.dumps([item_ids, titles, shown, list(users), sequences, tied])
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
-    return Domain(
-        name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost, digest)
+    remarks = [*remark_items(titles, pictures, shown), *remark_ties(item_ids, users, times)]
+    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost,
+                  remarks, digest)
+
+def remark_items(titles, pictures, shown):
+    """Yield what is odd about items that can be shown."""
+    picture, count = Counter(shown).most_common(1)[0]
+    if count > max(5, len(shown) / 100):
+        path = pictures[shown.index(picture)]
+        yield f"{count:,} items have one and the same picture, {path}: is it a placeholder?"
+    coded = [title for title in titles if ";" in title and html.unescape(title) != title]
+    if coded:
+        yield f"{len(coded):,} titles have HTML in them, such as {coded[0]!r:.60}: unescape it"
+
+def remark_ties(item_ids, users, times):
+    """Yield what is odd about neighbours in a user's sequence that have one time."""
+    tied = words = numbers = 0
+    for user, items in users.items():
+        for k in range(1, len(items)):
+            if times[user][k - 1] == times[user][k]:
+                before, after = item_ids[items[k - 1]], item_ids[items[k]]
+                tied += 1
+                words += before < after
+                numbers += (len(before), before) < (len(after), after)
+    if tied == sum(map(len, users.values())) - len(users):
+        yield "ALL TIMES of each user are equal: what comes last is up to the order of the file"
+    sorted_by_id = max(words, tied - words, numbers, tied - numbers)
+    if tied >= 20 and sorted_by_id >= 0.95 * tied:
+        yield (f"{sorted_by_id:,} of {tied:,} neighbours of one time are as if sorted by item id, "
+               "which no customer does but a model learns: shuffle interactions.csv")
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""
@@ -255,7 +363,8 @@ def describe(domain: Domain) -> str:
     return (f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} "
             f"interactions, mean length {events / users:.1f}\n"
             f"  dropped: {', '.join(lost) or 'nothing'}\n"
-            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
+            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users"
+            + "".join(f"\n  NOTE: {remark}" for remark in domain.remarks))
 
 # The split and the negatives (Sections 5.1.1, 5.1.3) ----------------------------------------------
 def leave_one_out(sequence: list[int], split: str, length: int = 10) -> tuple[list[int], int]:
@@ -280,7 +389,8 @@ def validation_users(users: int, seed: int) -> list[int]:
 def lock(path: Path, wait: bool = False):
     """Hold the lock of `path`, which dies with its process; if another has it, wait or raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False,
+                              mode=0o666)  # others may share the folder
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -536,7 +646,7 @@ def fetch_pictures(addresses, folder):
         return ""
     reasons = {}
     tally = Counter()
-    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures")):
+    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures", 16)):
         reasons[item] = reason
         tally[reason[:9]] += 1
         failed = len(reasons) - tally[""]

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import unicodedata
 import warnings
 import weakref
@@ -245,7 +246,7 @@ def by_hand(sequences, items):
     """A domain in memory, of users 0, 1, ... with these sequences of items 0, 1, ..."""
     ids = [str(item) for item in range(items)]
     users = [str(user) for user in range(len(sequences))]
-    return data.Domain("hand", ids, ids, [], users, sequences, [], {}, [], "digest")
+    return data.Domain("hand", ids, ids, [], users, sequences, [], {}, [], [], "digest")
 
 def test_training_batches_by_hand():
     domain = by_hand([list(range(13)), [20, 21, 22, 23, 24], *3 * [[30, 31, 32, 33, 34]]], 60)
@@ -816,6 +817,18 @@ def use_two_unicode_forms(folder):
     rename_items(folder, lambda k: f"caf\u00e9{k}")
     recode(folder, EVENTS, "utf-8", form="NFD")
 
+def save_as_an_old_mac(folder):
+    edit(folder, ITEMS, "title ", "&lt;&quot;&gt; ", -1)
+    put(folder, ITEMS, (folder / ITEMS).read_bytes().replace(b"\n", b"\r"))
+
+def write_without_quoting(folder, sign):
+    separate(folder, sign)
+    edit(folder, ITEMS, "title 4", '"title 4')
+    edit(folder, ITEMS, "title 7", 'title 7"')
+
+def keep_items(folder, count):
+    write_domain(folder, rows_of(folder, ITEMS)[:count], pictures=False)
+
 def name_a_file_as_a_mac_does(folder):
     edit(folder, ITEMS, "images/4.", "images/\u00e9.")
     (folder / "images/4.png").rename(folder / "images/e\u0301.png")
@@ -831,7 +844,12 @@ INPUTS = {  # words of the refusal, or what is counted as dropped; what is done 
     "empty file": ("items.csv, line 1: .*item_id,title,image", put, ITEMS, b""),
     "only a header": ("left: .*100 others", put, EVENTS, b"user_id,item_id,timestamp\n"),
     "column twice": ("line 1: .*'item_id,title,image,ti", edit, ITEMS, ",image", ",image,title"),
-    "unknown item": ("line 3: item_id 'no' .*'i0'", edit, EVENTS, "u0,i5,", "u0,no,"),
+    "a product that is not sold now": ({"interactions with items that items.csv lacks ['no']": 1},
+                                       edit, EVENTS, "u0,i5,", "u0,no,"),
+    "another table's ids": ("line 2: item_id 'i0' is not .*'p0'", edit, ITEMS, "\ni", "\np", -1),
+    "100 items": ("left: 100 items; more than 100 and a user's own", keep_items, 100),
+    "pictures elsewhere": ("left: 120 of 120 items cannot be shown, .* 'i0': no file 'img/0.png'",
+                           edit, ITEMS, "images/", "img/", -1),
     "no item": ("interactions.csv, line 3: id '' is empty", edit, EVENTS, "u0,i5,", "u0,,"),
     "item twice but for spaces": ("line 6: .*'i3' is there twice", edit, ITEMS, "i4,", " i3 ,"),
     "rounded items": ("line 2: id '6.20386E.12' .*rounded by a spreadsheet",
@@ -839,7 +857,14 @@ INPUTS = {  # words of the refusal, or what is counted as dropped; what is done 
     "odd ids": ({}, rename_items, lambda k: ODD[k] if k < len(ODD) else f"i{k}"),
     "ids in two Unicode forms": ({}, use_two_unicode_forms),
     "bad time": ("line 3: timestamp '2024-02-30' is no number", edit, EVENTS, "1001", "2024-02-30"),
-    "unknown times are 0": ({}, set_times, "0", "-3600", "32400", DAY),
+    "rounded times": ("line 2: time '1.60E.12' was rounded", set_times, "1.60E+12", "1.61E+12"),
+    "rounded, of another country": ("line 2: time '1,7E.9' was rounded", set_times, "1,7E+9"),
+    "times of numpy": ({}, set_times, f"{DAY:.18e}", f"{DAY + 1:.18e}"),
+    "times of R": ({}, set_times, "99999", "1e+05", "100001"),
+    "unknown times are 0": ({}, set_times, "0", "-3600", "32400", "45000", "-1", DAY),
+    "days, then seconds": (f"has {DAY}, but .*has 19844: .*two units", set_times, 19800, 19844,
+                           DAY),
+    "a spreadsheet's days": (f"has {DAY}, but .*line 2 has 45413.5: ", set_times, 45413.5, DAY),
     "milliseconds, then seconds": (f"has {DAY}000, but .* has {DAY}: .*two units",
                                    set_times, DAY * 1000, DAY),
     "basic dates": ({}, set_times, "20240501", "20240502"),
@@ -847,7 +872,9 @@ INPUTS = {  # words of the refusal, or what is counted as dropped; what is done 
     "no title": ({"items without a title": 1, GONE: 6}, edit, ITEMS, "title 4,", "  ,"),
     "a long cell": ({}, edit, ITEMS, "title 4,", "long " * 30_000 + ","),
     "path out": ("line 6: '../../4.png' .*copy it", edit, ITEMS, PICTURE, "../../4.png"),
-    "absolute path": ("line 6: '/etc/passwd'", edit, ITEMS, PICTURE, "/etc/passwd"),
+    "path out of Windows": ("line 6: .* has a root or ..", edit, ITEMS, PICTURE, r"..\..\4.png"),
+    "absolute path": ("line 6: '/etc/passwd' has a root", edit, ITEMS, PICTURE, "/etc/passwd"),
+    "path of Windows": ({}, edit, ITEMS, PICTURE, r"Images\4.PNG"),
     "files that are links": ({}, link_away, ITEMS, EVENTS, PICTURE, "images/5.png"),
     "a FIFO": (ONE_LOST, make_fifo, PICTURE),
     "file names of a Mac": ({}, name_a_file_as_a_mac_does),
@@ -855,6 +882,9 @@ INPUTS = {  # words of the refusal, or what is counted as dropped; what is done 
     "semicolons": ({}, separate, ";"),
     "tabs": ({}, separate, "\t"),
     "spaces around each comma": ({}, separate, " , "),
+    "an old Mac": ({}, save_as_an_old_mac),
+    "tabs without quoting": ("line 6: a quote .*write it twice", write_without_quoting, "\t"),
+    "commas without quoting": ("line 6: a quote .*write it twice", write_without_quoting, ","),
     "too many fields": ("line 6: 4 fields.* double quotes", edit, ITEMS, "title 4,", "title, 4,"),
     "a quote never closed": ("line 9: unexpected end", edit, ITEMS, "title 7,", '"title 7,'),
     "latin-1": ("items.csv is not UTF-8", recode, ITEMS, "latin-1"),
@@ -900,9 +930,50 @@ def test_ids_titles_and_dropped_items_are_as_they_were_written(tmp_path):
                                     ("i4", "no file", items[4][2][:100])]
     said = data.describe(domain)
     assert "'i3': no file 'https://example.org/3.png'" in said and "shop: 60 users, 118" in said
+    assert domain.remarks == [] and "NOTE" not in said
     assert data.read_domain(folder).digest == domain.digest
     Image.new("RGB", (30, 30)).save(folder / "images" / "7.png")  # another picture: other data
     assert data.read_domain(folder).digest != domain.digest
+
+def sort_days(folder, key, reverse=False):
+    set_times(folder, *[k // 2 * 86400 for k in range(1, 13)])
+    write_domain(folder, None, sorted(rows_of(folder, EVENTS), key=key, reverse=reverse), False)
+
+def copy_picture(folder):
+    for k in range(5, 14):
+        shutil.copy(folder / PICTURE, folder / f"images/{k}.png")
+
+BY_ID = "NOTE: 300 of 300 neighbours of one time are as if sorted by item id"
+ODD_DOMAINS = {  # what is told; what is done to a good domain
+    "one time": ("NOTE: ALL TIMES of each user are equal", set_times, 0),
+    "sorted by id": (BY_ID, sort_days, lambda row: row[1]),
+    "sorted by number": (BY_ID, sort_days, lambda row: int(row[1][1:])),
+    "backwards": (BY_ID, sort_days, lambda row: row[1], True),
+    "sorted by nothing": (None, sort_days, lambda row: random.Random(str(row)).random()),
+    "a placeholder": ("NOTE: 10 items have one and the same picture, .*images/4.png", copy_picture),
+    "HTML": ("NOTE: 1 titles have HTML in them, such as 'A &amp; 4'", edit, ITEMS, "title 4,",
+             "A &amp; 4,"),
+    "no HTML": (None, edit, ITEMS, "title 4,", "AT&T; R&D,"),
+}
+
+@pytest.mark.parametrize("case", ODD_DOMAINS)
+def test_what_is_odd_is_told(case, good, tmp_path):
+    folder = tmp_path / "shop"
+    subprocess.run(["cp", "-r", good, folder], check=True)
+    expected, change, *arguments = ODD_DOMAINS[case]
+    change(folder, *arguments)
+    said = data.describe(data.read_domain(folder))
+    assert re.search(expected, said) if expected else "NOTE" not in said
+
+def test_many_rows_take_little_memory(tmp_path):
+    """A row is a tuple, a time and what the file has of it; 680 bytes were taken once."""
+    rows = [[f"u{n % 5000}", f"i{(n * 7 + n // 5000) % 120}", 10**9 + n] for n in range(60_000)]
+    write_domain(tmp_path / "d", None, rows)
+    tracemalloc.start()
+    data.read_domain(tmp_path / "d")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / 60_000 < 250
 
 def test_a_domain_has_the_name_by_which_it_was_given(good, tmp_path, monkeypatch):
     (tmp_path / "mytoys").symlink_to(good)
@@ -928,26 +999,56 @@ def test_a_locale_without_utf_8_gets_one_line(tmp_path):
     process = subprocess.run([sys.executable, "-B", HERE / "data.py", "sample"], env=env,
                              cwd=tmp_path, capture_output=True)
     assert process.returncode == 2 and process.stderr.count(b"\n") == 1
-    assert b"('i0', 'no file', 'images/\\u51990.png')" in process.stderr
+    assert b"'i0': no file 'images/\\u51990.png'" in process.stderr
 
 # Pictures -----------------------------------------------------------------------------------------
 def load(content):
     return data.load_picture(io.BytesIO(content))
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_pictures_of_any_mode_become_rgb(mode):
-    white = Image.new("RGB", (40, 20), (255, 255, 255)).convert(mode)
-    shown = load(encoded(white, "JPEG" if mode == "CMYK" else "PNG"))
-    assert shown.mode == "RGB" and shown.size == (40, 20) and min(shown.getpixel((5, 5))) > 250
+MODES = [("RGB", "PNG"), ("L", "PNG"), ("P", "GIF"), ("P", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"),
+         ("PA", "TIFF"), ("1", "PNG"), ("CMYK", "JPEG"), ("YCbCr", "JPEG"), ("RGBA", "WEBP")]
 
-def test_transparent_is_white_and_of_several_frames_the_first_is_shown():
+@pytest.mark.parametrize("mode, kind", MODES)
+def test_pictures_of_any_mode_become_rgb_on_white(mode, kind, monkeypatch):
+    noise = numpy.random.default_rng(0).integers(0, 256, (20, 40, 4)).astype("uint8")
+    source = Image.fromarray(noise)
+    if mode not in ("RGBA", "LA", "PA"):
+        source = source.convert("RGB")
+    content = encoded(source.convert("LA" if mode == "PA" else mode).convert(mode), kind)
+    read = Image.open(io.BytesIO(content)).convert("RGBA")
+    slow = Image.alpha_composite(Image.new("RGBA", (40, 20), "white"), read).convert("RGB")
+    shown = load(content)
+    assert shown.mode == "RGB" and shown.tobytes() == slow.tobytes()
+    if "A" not in mode:  # a layer for what has none takes three times the memory
+        monkeypatch.delattr(Image, "alpha_composite")
+        assert load(content).tobytes() == slow.tobytes()
+
+def test_a_colour_that_means_transparent_is_white_and_of_several_frames_the_first_is_shown():
     palette = Image.new("P", (40, 20), 1)
     palette.putpalette([255, 0, 0, 0, 255, 0])
-    assert load(encoded(palette, transparency=1)).getpixel((5, 5)) == (255, 255, 255)
+    for picture, clear in ((palette, 1), (Image.new("L", (40, 20), 7), 7)):
+        assert load(encoded(picture, transparency=clear)).getpixel((5, 5)) == (255, 255, 255)
     red, blue = (Image.new("RGB", (40, 20), colour) for colour in ("red", "blue"))
     for kind in ("WEBP", "PNG", "GIF"):
         moving = encoded(red, kind, save_all=True, append_images=[blue])
         assert load(moving).getpixel((5, 5))[0] > 240, kind
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError("out of memory when reading image file")])
+def test_memory_that_runs_out_is_no_pictures_fault_and_a_fault_has_a_name(good, monkeypatch, error):
+    monkeypatch.setattr(data, "load_picture", Mock(side_effect=error))
+    with pytest.raises(MemoryError, match="out of memory while decoding images/"):
+        data.read_domain(good)
+    monkeypatch.setattr(data, "load_picture", Mock(side_effect=EOFError()))
+    assert data.flaw(b"", "x") == "EOFError"
+    with pytest.raises(data.InputError, match="120 of 120 .*'i0': not decodable 'EOFError'"):
+        data.read_domain(good)
+
+def test_checking_takes_as_many_threads_as_cores(good, monkeypatch):
+    monkeypatch.setattr(data, "ThreadPool", Mock(wraps=data.ThreadPool))
+    for cores, threads in ((3, 3), (64, 16)):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        data.read_domain(good)
+        data.ThreadPool.assert_called_with(threads)
 
 def test_avif_is_a_picture_and_a_format_that_starts_programs_is_not_opened():
     with pytest.raises(OSError, match="cannot identify"):  # Pillow would call Ghostscript
@@ -985,6 +1086,7 @@ def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
         pass
     waiting = python("with data.lock(pathlib.Path('new/run'), True):\n print('mine')", tmp_path)
     assert waiting.stdout.readline().startswith("waiting for another process, which is preparing")
+    assert path.with_name(".run.lock").stat().st_mode & 0o777 == 0o666  # for a colleague, too
     process.kill()
     assert waiting.communicate(timeout=30)[0] == "mine\n" and waiting.returncode == 0
 
