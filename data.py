@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
-from time import sleep
+from time import monotonic, sleep
 from unicodedata import normalize
 
 import filelock
@@ -577,36 +577,67 @@ KNOWN = ["sample", *AMAZON]  # domains that we know how to make
 ARCHIVES = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 PICTURES = "https://m.media-amazon.com"  # serves today what the metadata's hosts served
 TIMEOUT = 20  # an attempt fails after so many seconds without a byte
+MAX_BYTES, MAX_SECONDS = 10_000_000, 60  # of a picture, all attempts together
+LOOKS = ("2014's reviews are JSON with reviewerID, asin, unixReviewTime (until July 2014), its "
+         "metadata Python dicts with asin, title, imUrl; delete it, run again")
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """None: a redirect is an error, as it may lead anywhere."""
+class SameHost(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, address):
+        """Follow a redirect within its host; another one is an error, as it may lead anywhere."""
+        if urllib.parse.urlsplit(address).netloc == request.host:
+            return super().redirect_request(request, file, code, message, headers, address)
 
-def fetch(address, file):
-    """Append to `file` what it lacks of what lies at `address`. Returns "", or why it failed."""
+def fetch(address, file, small=False):
+    """Append to `file` what it lacks of what lies at `address`; what is small is begun anew after
+    a failure and has limits. Returns "", or why it failed, "no answer" where time may help."""
+    end = monotonic() + (MAX_SECONDS if small else math.inf)
+    wait = 0
     for pause in (0, 1, 2, 4):
-        sleep(pause)
+        sleep(max(pause, wait))
+        if monotonic() > end:
+            break
+        if small:  # the rest may be of another picture
+            file.seek(0)
+            file.truncate()
         start = file.tell()
+        headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
+        wait = 0
         try:
-            headers = {"User-Agent": "vlm2rec", "Range": f"bytes={start}-"}
             request = urllib.request.Request(address, headers=headers)
-            opener = urllib.request.build_opener(NoRedirects)
+            opener = urllib.request.build_opener(SameHost)
             with opener.open(request, timeout=TIMEOUT) as response:
                 if response.status != 206:  # it does not send only what we lack
                     response.read(start)
-                shutil.copyfileobj(response, file)
-                if not getattr(response, "length", 0):  # that is still to come
-                    return ""
-                reason = "cut off"
+                receive(response, file, MAX_BYTES if small else math.inf, end)
+            return ""
         except urllib.error.HTTPError as error:
             if error.code == 416 and start:  # nothing comes after what we have
                 return ""
             reason = f"HTTP {error.code}"
-            if error.code < 500 and error.code != 429:
+            if error.code in (404, 410):
                 return reason
+            if error.code < 500 and error.code != 429:
+                break
+            after = error.headers.get("Retry-After", "")
+            wait = min(int(after), 30) if after.isdecimal() else 0
+        except ValueError as error:  # too large, or no address
+            return str(error)
         except Exception as error:  # a network's failures have many names
             reason = f"{type(error).__name__} {error}"
     return f"no answer: {reason}"
+
+def receive(response, file, most, end):
+    """Append what a response holds to `file`; raise if it is cut off or beyond a limit."""
+    missing = getattr(response, "length", 0) or 0  # it need not say
+    for chunk in iter(lambda: response.read1(1 << 16), b""):
+        file.write(chunk)
+        missing -= len(chunk)
+        if file.tell() > most:
+            raise ValueError(f"over {most:,} bytes")
+        if monotonic() > end:
+            raise TimeoutError("too slow")
+    if missing > 0:
+        raise ConnectionError("cut off")
 
 def read_archive(path, base, parse):
     """Yield parse(line) for each line of a gzipped file, which is fetched unless it is there."""
@@ -621,52 +652,72 @@ def read_archive(path, base, parse):
             raise InputError(f"cannot fetch {address} ({reason}); run again, put it into "
                              f"{path.parent}, or try: python data.py DOMAIN --mirror URL")
         os.replace(part, path)
+    number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in tqdm(file, path.name, unit=" lines", leave=False, disable=None):
+            lines = tqdm(file, path.name, unit=" lines", leave=False, disable=None)
+            for number, line in enumerate(lines, 1):
                 yield parse(line)
+        if not number:
+            raise EOFError("empty")
     except Exception as error:  # damage has many names
-        raise InputError(f"{path} is cut off or damaged ({error}); delete it, run again") from None
+        raise InputError(f"{path} is cut off or damaged, or of another year, after line {number} "
+                         f"({type(error).__name__} {error}); {LOOKS}") from None
+
+def read_review(line):
+    """(user, item, time)"""
+    row = json.loads(line)
+    if row["unixReviewTime"] > 1.41e9:
+        raise ValueError("a later review")
+    return row["reviewerID"], row["asin"], row["unixReviewTime"]
+
+def read_metadata(line):
+    """(item, title, address of its picture)"""
+    row = ast.literal_eval(line)
+    title = " ".join(html.unescape(row.get("title") or "").split())
+    title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return row["asin"], title, row.get("imUrl") or ""
 
 def fetch_pictures(addresses, folder):
     """Fetch {item: address} to `folder`/item.jpg, if it decodes. Returns {item: "", or why not}."""
     folder.mkdir(parents=True, exist_ok=True)
     def get(item):
         path = folder / f"{item}.jpg"
+        if path.exists() and not flaw(path.read_bytes(), path):  # a power cut leaves empty files
+            return ""
         content = io.BytesIO()
-        reason = "" if path.exists() else fetch(addresses[item], content)
-        if reason or path.exists():
+        reason = fetch(addresses[item], content, small=True)
+        if reason:
             return reason
-        try:
-            load_picture(content)
-        except Exception:  # whatever a decoder raises
-            return "not a picture, or too large, small or thin"
+        reason = flaw(content.getvalue(), path)
+        if reason:  # such as a page that asks whether we are human
+            return reason if reason.endswith(UNFIT) else f"no answer: no picture, {reason}"
         with whole_file(path) as partial:
             partial.write_bytes(content.getvalue())
         return ""
     reasons = {}
-    tally = Counter()
+    silent = failed = 0
     for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures", 16)):
         reasons[item] = reason
-        tally[reason[:9]] += 1
-        failed = len(reasons) - tally[""]
-        silent = tally["no answer"] > max(5, len(addresses) / 100)
-        if silent or failed > max(25, len(reasons) / 2):
-            raise InputError(f"{failed} pictures failed ({reason}); check the network, run again")
+        failed += reason != ""
+        silent += reason.startswith("no answer")
+        if silent > max(5, len(addresses) / 100) or failed > max(25, len(addresses) / 2):
+            raise InputError(f"{failed} of {len(addresses)} pictures failed ({reason}); "
+                             "check the network, run again: it goes on from here")
     return reasons
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Write the 5-core of what has a title and a picture; a run that was killed is gone on with."""
     category, *published = AMAZON[domain]
     base = mirror.rstrip("/") or ARCHIVES
-    rows = read_archive(archives / f"reviews_{category}_5.json.gz", base, json.loads)
-    reviews = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in rows]
+    paths = [archives / f"reviews_{category}_5.json.gz", archives / f"meta_{category}.json.gz"]
+    reviews = list(read_archive(paths[0], base, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for row in read_archive(archives / f"meta_{category}.json.gz", base, ast.literal_eval):
-        title = " ".join(html.unescape(row.get("title") or "").split())
-        title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if row["asin"] in about:
-            about[row["asin"]] = (title, row.get("imUrl") or "")
+    for item, *known in read_archive(paths[1], base, read_metadata):
+        if item in about:
+            about[item] = known
+    if not any(all(known) for known in about.values()):
+        raise InputError(f"{paths[1]} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
     for item, (title, address) in sorted(about.items()):
         known = re.match(r"https?://[^/]*amazon.com/(?!.*no-img)", address)
@@ -682,8 +733,15 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     lost = [[item, reason, about[item][1]] for item, reason in reasons.items() if reason]
     items = [[item, about[item][0], f"images/{item}.jpg"]
              for item in sorted({item for _, item, _ in final})]
-    counts = [len({user for user, _, _ in reviews}), len(about), len(reviews)]
-    print(f"{domain}: users, items, events {counts}, published {published}, {len(lost)} items lost")
+    users = len({user for user, _, _ in reviews})
+    print(f"{domain}: {users:,} users, {len(about):,} items, {len(reviews):,} events, published "
+          f"{published}; {len(lost)} items lost")
+    if not core(final, room=NEGATIVES):
+        causes = Counter(reason for _, reason, _ in lost).most_common(3)
+        raise InputError(f"{folder}: nothing is left; lost: {causes}")
+    later = [item for item, reason, _ in lost if reason.startswith("no answer")]
+    if later:
+        print(f"{len(later)} of them gave no answer; to try again, delete {folder}/items.csv first")
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], lost)
     write_csv(folder / "interactions.csv", EVENTS, final)
     write_csv(folder / "items.csv", ITEMS, items)  # last: where it is, the domain is whole
@@ -695,10 +753,11 @@ def main() -> int:
     parser.add_argument("--data-dir", default="domains", type=os.path.expanduser)
     parser.add_argument("--mirror", default="", help="address of archives and pictures")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
     try:
         print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
-    except (InputError, OSError) as error:
+    except (InputError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
