@@ -114,7 +114,8 @@ def read_csv(path: Path, columns: tuple):
 def holds_rows(row, sign):
     """Is a row of several lines made of whole rows? Its quotes then belong to two titles."""
     lines = re.split("\r\n?|\n", sign.join(row))
-    return len(lines) > 1 and all(line.count(sign) == len(row) - 1 for line in lines)
+    fewest = 3 if sign == "," else 2  # a title of two lines may well have a comma in each
+    return len(lines) >= fewest and all(line.count(sign) == len(row) - 1 for line in lines)
 
 def read_items(folder: Path) -> dict:
     """items.csv as {item_id: (title, path)}. A path may not lead out of the folder, a link may."""
@@ -139,7 +140,7 @@ def find_file(folder, image, listings):
     path = folder
     for part in PurePosixPath(image.replace("\\", "/")).parts:
         if path not in listings:
-            names = os.listdir(path) if os.path.isdir(path) else []
+            names = sorted(os.listdir(path)) if os.path.isdir(path) else []
             listings[path] = {fold(name): name for name in names}
         path = path / listings[path].get(fold(part), part)
     return str(path.relative_to(folder)) if os.path.exists(path) else image
@@ -180,7 +181,7 @@ def read_interactions(folder, items):
     if unknown.total() > len(rows):
         raise InputError(f"{stranger} is not in items.csv, nor are those of most rows; "
                          f"{[*items][:2]} are")
-    if rows and not is_date:
+    if rows and not first[0]:
         check_units(path, rows)
     rows.sort(key=lambda row: row[2])
     rows.sort(key=lambda row: users[row[0]])
@@ -240,7 +241,11 @@ def flaw(content: bytes, name: str) -> str:
 def in_threads(work, inputs, name, threads):
     """Yield work(input) of each input, in their order, with a bar; Ctrl-C ends it at once."""
     with warnings.catch_warnings(action="ignore"), ThreadPool(threads) as pool:  # Pillow's warnings
-        yield from tqdm(pool.imap(work, inputs), name, len(inputs), leave=False, disable=None)
+        yield from progress(pool.imap(work, inputs), name, total=len(inputs))
+
+def progress(steps, name, **options):
+    """`steps` with a bar on a terminal; a daemon may have no stderr at all."""
+    return tqdm(steps, name, leave=False, disable=not sys.stderr or None, **options)
 
 def core(rows, k=CORE, room=0):
     """The k-core of (user, item, ...) rows, in which each user leaves `room` other items."""
@@ -270,7 +275,7 @@ def read_domain(folder: str | Path) -> Domain:
     rows, unknown = read_interactions(folder, items)
     def check(item):
         return check_item(folder, *items[item])
-    threads = min(16, os.cpu_count())  # each takes the memory of a picture
+    threads = min(16, os.cpu_count())  # each takes a picture's memory
     checks = dict(zip(items, in_threads(check, list(items), "check pictures", threads)))
     lost = [(item, *why) for item, (_, *why) in checks.items() if why[0]]
     untitled = [reason for _, reason, _ in lost].count("no title")
@@ -655,8 +660,7 @@ def read_archive(path, base, parse):
     number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = tqdm(file, path.name, unit=" lines", leave=False, disable=None)
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(progress(file, path.name, unit=" lines"), 1):
                 yield parse(line)
         if not number:
             raise EOFError("empty")
@@ -713,10 +717,10 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     paths = [archives / f"reviews_{category}_5.json.gz", archives / f"meta_{category}.json.gz"]
     reviews = list(read_archive(paths[0], base, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for item, *known in read_archive(paths[1], base, read_metadata):
+    for item, title, address in read_archive(paths[1], base, read_metadata):
         if item in about:
-            about[item] = known
-    if not any(all(known) for known in about.values()):
+            about[item] = (title, address)
+    if not any(title and address for title, address in about.values()):
         raise InputError(f"{paths[1]} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
     for item, (title, address) in sorted(about.items()):
@@ -738,7 +742,8 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
           f"{published}; {len(lost)} items lost")
     if not core(final, room=NEGATIVES):
         causes = Counter(reason for _, reason, _ in lost).most_common(3)
-        raise InputError(f"{folder}: nothing is left; lost: {causes}")
+        told = ", ".join(f"{count} items: {reason}" for reason, count in causes)
+        raise InputError(f"{folder}: nothing is left; lost: {told}")
     later = [item for item, reason, _ in lost if reason.startswith("no answer")]
     if later:
         print(f"{len(later)} of them gave no answer; to try again, delete {folder}/items.csv first")
@@ -758,7 +763,7 @@ def main() -> int:
     try:
         print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
     except (InputError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
