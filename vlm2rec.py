@@ -1139,7 +1139,7 @@ def against(ours, theirs):
 
 def comparison(folder, settings):
     """Mean ± standard deviation over each method's seeds, and vlm2rec against each. Runs whose
-    other settings are not these are rows of their own, with what differs; damaged ones are named."""
+    other settings are not these are rows of their own, with what differs; the damaged are named."""
     groups = {}
     lost = ""
     for path in sorted(folder.glob("*/table.md")):
@@ -1433,6 +1433,7 @@ def main(argv=None):
     """The exit code: 0; 2 after one line on what the user can mend; 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # tqdm needs one
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers|peft")
