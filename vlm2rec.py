@@ -622,8 +622,6 @@ def check_family(config, settings):
     side = token_side(config)
     if side and settings.image_size % side:
         raise InputError(f"--image-size {settings.image_size}: take a multiple of {side}")
-    if not side and settings.image_size not in (56, 168):
-        print("note: this model scales pictures to its own size, --image-size has no effect")
 
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor; None for a language model's); bfloat16
@@ -718,12 +716,12 @@ def check_prompts(encoder, tokenizer, run):
         lost = []
     if not all([*encoder.titles, encoder.newline, tokenizer.eos_token, not lost]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
-                         f"{lost}: are tokenizer.json and tokenizer_config.json there?")
+                         f"{lost}: is tokenizer.json there?")
     most = max(set().union(encoder.picture, encoder.prompt([], "text"), *encoder.titles))
     rows = len(vlm.get_input_embeddings().weight)
     if most >= rows:
-        raise InputError(f"the tokenizer of --model {run.config.model} gives token {most}, the "
-                         f"model has {rows}: they do not belong together")
+        raise InputError(f"--model {run.config.model} has {rows} tokens, its tokenizer gives "
+                         f"number {most}: they do not belong together")
     context = vlm.config.get_text_config().max_position_embeddings
     for split, sequence in itertools.product(("train", "valid", "test"), run.domain.sequences):
         history, _, _ = leave_one_out(sequence, split, run.config.history)
@@ -732,7 +730,9 @@ def check_prompts(encoder, tokenizer, run):
             raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
                              "shorten --history, or --image-size")
     cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
-    print(f"a picture takes {encoder.features.shape[2]} tokens; {len(cut)} titles have "
+    scaled = hasattr(vlm.config, "vision_config") and not token_side(vlm.config)
+    print(f"a picture takes {encoder.features.shape[2]} tokens"
+          f"{', whatever --image-size' if scaled else ''}; {len(cut)} titles have "
           f"{TITLE_TOKENS} or more, and are cut: {len(set(cut))} of these differ")
 
 def add_lora(vlm, config):
@@ -829,8 +829,8 @@ def open_run(config, first=None):
 def check_model(config, device):
     """What a model's config.json tells, if that is on this machine, without its weights."""
     if config.model == PAPERS_MODEL and device != config.device == "auto" and device == "cpu":
-        raise InputError(f"there is no CUDA, and {PAPERS_MODEL} (7.5 GB) takes days without: "
-                         "--model tiny tries your files, --device cpu insists")
+        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
+                         "your files, --device cpu insists")
     model = data.prepare_model(config.model, Path(config.data_dir))
     here = Path(model).exists()
     if not here and model.startswith((".", "/")):
