@@ -248,6 +248,7 @@ def fuse(parts):
 
 # ---- Losses (Sections 2.4, 4.2): pure functions of tensors, which need nothing but torch ----
 # sim (B, B) is s(z_u, e_j) with the positives on its diagonal, mask (B, B) marks the negatives.
+# Any two modalities do, say text and sound, as long as histories and targets both have both.
 
 def cosine(z, e):
     """s(z, e): the cosine of every row of z (n, D) with every row of e (m, D): (n, m)."""
@@ -342,8 +343,7 @@ class Penalty(nn.Module):
     their own, the paper's 1e-5, whatever LoRA's is."""
     def __init__(self, alpha=1.0):
         super().__init__()
-        start = torch.tensor([alpha, 1.0])
-        self.raw = nn.Parameter(start.expm1().log())  # softplus of it is the start
+        self.raw = nn.Parameter(torch.tensor([alpha, 1.0]).expm1().log())  # before the softplus
 
     def forward(self):
         return torch.nn.functional.softplus(self.raw).unbind()
@@ -377,9 +377,8 @@ def make_evaluation(domain, split, length, seed):
         users = sorted(random.Random(f"{seed} validation users").sample(users, VALIDATION_USERS))
     sequences = [domain.sequences[user] for user in users]
     histories, targets, _ = zip(*[leave_one_out(own, split, length) for own in sequences])
-    items = len(domain.item_ids)
-    negatives = [draw_negatives(domain.user_ids[user], sequence, items, split, seed)
-                 for user, sequence in zip(users, sequences)]
+    negatives = [draw_negatives(domain.user_ids[user], own, len(domain.item_ids), split, seed)
+                 for user, own in zip(users, sequences)]
     return Evaluation(histories, torch.tensor(targets), torch.tensor(negatives), sequences)
 
 def target_rank(target, others):
