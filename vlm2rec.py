@@ -550,8 +550,9 @@ def queries(z, e, test):
     scores = {}
     for name in ("f2f", "t2f", "v2f", "t2t", "v2v"):
         query, _, items = name
-        ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
-        scores[name] = hits_and_ndcg(ranks)["N@10"]
+        if {spaces[query], spaces[items]} <= set(z):
+            ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
+            scores[name] = hits_and_ndcg(ranks)["N@10"]
     return scores
 
 def gradient_cosines(model, batch):
@@ -582,6 +583,18 @@ def geometry(z, e, test):
         means.append(torch.stack([part.mean(dim=1) for part in parts]))  # (3, 1024)
     a_pos, a_neg, near = torch.cat(means, dim=1).mean(dim=1).tolist()
     return {"A_pos": a_pos, "A_neg": a_neg, "S": a_neg / (a_pos + 1e-12), "U": math.log(near)}
+
+def measure_collapse(z, e, test, epochs):
+    """What Section 3 shows of a run, as tables; none without a modality."""
+    tables = {}
+    if len(z) > 1:
+        tables["queries"] = {"N@10": queries(z, e, test)}
+        tables["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
+    if epochs and "cos_text" in epochs[0]:
+        ends = {"first": epochs[0], "last": epochs[-1]}
+        tables["gradient"] = {name: {"text": scores["cos_text"], "vision": scores["cos_vision"]}
+                              for name, scores in ends.items()}
+    return tables
 
 # ---- Loading: any of ten families by one path ----
 
@@ -1002,14 +1015,7 @@ def run_method(run):
     for name, tensors, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
         save_tensors(run.folder / f"{name}s.safetensors", tensors, {f"{name}_ids": json.dumps(ids)})
     draw_users(run, test, z, e, model.score)
-    collapse = {}
-    if set(BOTH) <= set(z):
-        collapse["queries"] = {"N@10": queries(z, e, test)}
-        collapse["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
-        if "epochs" in scores:
-            ends = {"first": epochs[0], "last": epochs[-1]}
-            collapse["gradient"] = {name: {m: scores[f"cos_{m}"] for m in BOTH}
-                                    for name, scores in ends.items()}
+    collapse = measure_collapse(z, e, test, scores.get("epochs"))
     scores["commit"] = commit_of(model)
     ranks = [evaluate(z["fused"], e["fused"], test, model.score, full) for full in (False, True)]
     return write_results(run, test, ranks, scores, collapse)
@@ -1058,7 +1064,10 @@ def verdict(ranks, popular, scores):
     return text
 
 EXPLAINED = {  # what stands under each table
-    "H@k": "H@k: share of users whose next item is among the first k; N@k: more for a higher place",
+    "": "H@k: share of users whose next item is among the first k; N@k: more for a higher place",
+    "beside it": "valid, untrained: validation after the best epoch, before the first step; "
+                 "test_full: among all items; test_untied: without users whose last item was "
+                 "decided by a tie; seen: by users before validation",
     "queries": "x2y: histories as x look for items as y; f fused, t text, v vision (Fig. 1a)",
     "geometry": "A_pos, A_neg: mean squared distance of a history to its target, to the negatives; "
                 "S = A_neg / A_pos; U: uniformity, lower is more even (Table 1)",
@@ -1072,7 +1081,7 @@ def report(name, scores, collapse):
     rest = {row: values for row, values in scores.items()
             if row not in first and isinstance(values, dict)}
     tables = {name: {row: scores[row] for row in first}, "beside it": rest, **collapse}
-    return "".join(f"\n{table(title, rows)}\n{EXPLAINED.get(title, EXPLAINED['H@k'])}\n"
+    return "".join(f"\n{table(title, rows)}\n{EXPLAINED.get(title, EXPLAINED[''])}\n"
                    for title, rows in tables.items())
 
 def table(title, rows):
@@ -1113,7 +1122,7 @@ def execute(run):
 class Finished(NamedTuple):
     """A finished run, as its files tell."""
     settings: dict
-    test: dict
+    test: dict           # H@k, N@k and, of its modalities, t2t and v2v
     gains: torch.Tensor  # (U,), of the users in their ids' order
 
 def read_finished(folder):
@@ -1123,7 +1132,8 @@ def read_finished(folder):
     ranks = [float(rank) for _, user, rank in sorted(rows, key=lambda row: row[1])]
     if len(ranks) != scores["users"]:
         raise InputError(f"{folder}/ranks.csv has {len(ranks)} of {scores['users']} users")
-    return Finished(read_json(folder / "config.json"), scores["test"], gains(torch.tensor(ranks)))
+    test = scores.get("queries", {"N@10": {}})["N@10"] | scores["test"]
+    return Finished(read_json(folder / "config.json"), test, gains(torch.tensor(ranks)))
 
 def against(ours, theirs):
     """Ours above theirs, {seed: Finished}, in N@10: over three or more shared seeds, or over the
@@ -1153,13 +1163,14 @@ def comparison(folder, settings):
     rows = {}
     for (other, name), runs in sorted(groups.items()):
         row = {"seeds": str(len(runs))}
-        for column in ("H@10", "N@10", "H@20", "N@20"):
-            values = torch.tensor([run.test[column] for run in runs.values()])
+        for column in ("H@10", "N@10", "H@20", "N@20", "t2t", "v2v"):
+            values = torch.tensor([run.test.get(column, math.nan) for run in runs.values()])
             spread = f" ± {values.std():.4f}" if len(runs) > 1 else ""
-            row[column] = f"{values.mean():.4f}{spread}"
+            row[column] = "-" if values.isnan().any() else f"{values.mean():.4f}{spread}"
         ours = groups.get((other, "vlm2rec" + (f" ({other})" if other else "")), {})
         rows[name] = row | {"vlm2rec above it, N@10": against(ours, runs)}
-    return table(f"test, runs in {folder}", rows) + lost
+    text = "t2t, v2v: what titles, pictures rank by themselves, N@10; ±: over the seeds\n"
+    return table(f"test, runs in {folder}", rows) + "\n" + text + lost
 
 # ---- Terms that the paper's loss has not: the simplest control there is, and SDA's ----
 # SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA, and MoDA's gates.
