@@ -16,6 +16,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -27,8 +28,8 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from time import sleep
+from pathlib import Path, PurePosixPath
+from time import monotonic, sleep
 from unicodedata import normalize
 
 import filelock
@@ -40,6 +41,7 @@ CORE = 5                 # the least interactions of a user and of an item (Sect
 NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
 MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
+UNFIT = "too large, small, thin or deep"  # says load_picture of what it could decode
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
 ITEMS = ("item_id", "title", "image")
 EVENTS = ("user_id", "item_id", "timestamp")
@@ -60,6 +62,7 @@ class Domain:
     tied: list[bool]            # per user: was the test item decided by a tie in time?
     dropped: dict[str, int]     # reason: how many
     dropped_items: list[tuple]  # items that cannot be shown: item_id, reason, detail
+    remarks: list[str]          # what is odd, though it can be used
     digest: str                 # of what is kept and of the bytes of the pictures
 
 def read_file(path: Path) -> bytes | None:
@@ -82,13 +85,10 @@ def read_csv(path: Path, columns: tuple):
     content = read_file(path)
     if content is None:
         raise InputError(f"{path} is missing or not a regular file; {needs}")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8; save it as UTF-8") from None
-    sign = max(",;\t", key=text.partition("\n")[0].count)
+    head = re.match(rb"[^\r\n]*", content)[0].decode("latin-1")  # an old Mac's lines end with CR
+    sign = max(",;\t", key=head.count)
     csv.field_size_limit(2**31 - 1)
-    lines = io.StringIO(text, newline="")
+    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
     rows = csv.reader(lines, delimiter=sign, skipinitialspace=True, strict=True)
     line = 1  # where the row begins
     try:
@@ -100,55 +100,105 @@ def read_csv(path: Path, columns: tuple):
         for row in rows:
             if row and len(row) != len(header):
                 raise csv.Error(f"{len(row)} fields where the header has {len(header)}")
+            if rows.line_num > line and holds_rows(row, sign):
+                raise csv.Error("a quote opens here and closes in a later row; write it twice")
             if row:
                 yield f"{path}, line {line}", *(row[place].strip() for place in places)
             line = rows.line_num + 1
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8; save it as UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {line}: {error}; {needs}") from None
+
+def holds_rows(row, sign):
+    """Is a row of several lines made of whole rows? Its quotes then belong to two titles."""
+    lines = re.split("\r\n?|\n", sign.join(row))
+    fewest = 3 if sign == "," else 2  # a title of two lines may well have a comma in each
+    return len(lines) >= fewest and all(line.count(sign) == len(row) - 1 for line in lines)
 
 def read_items(folder: Path) -> dict:
     """items.csv as {item_id: (title, path)}. A path may not lead out of the folder, a link may."""
     items = {}
+    listings = {}
     for where, item, title, image in read_csv(folder / "items.csv", ITEMS):
         item = read_id(item, where)
         if item in items:
             raise InputError(f"{where}: item_id {item!r} is there twice; drop a row")
-        if Path(image).is_absolute() or ".." in Path(image).parts:
-            raise InputError(f"{where}: {image[:200]!r} leads out of {folder}; copy it there")
-        for form in ("NFC", "NFD"):  # a file's name from a Mac has its accents apart
-            if not os.path.exists(folder / image):
-                image = normalize(form, image)
+        if Path(image).is_absolute() or ".." in re.split(r"[/\\]", image):
+            raise InputError(f"{where}: {image[:200]!r} has a root or .. in it; copy it into "
+                             f"{folder}, and write its path from there")
+        if not os.path.exists(folder / image):
+            image = find_file(folder, image, listings)
         items[item] = (" ".join(title.split()), image)
     return items
+
+def find_file(folder, image, listings):
+    """The path of a file that Windows or a Mac named: by \\, in other case, its accents apart."""
+    def fold(name):
+        return normalize("NFC", name).casefold()
+    path = folder
+    for part in PurePosixPath(image.replace("\\", "/")).parts:
+        if path not in listings:
+            names = sorted(os.listdir(path)) if os.path.isdir(path) else []
+            listings[path] = {fold(name): name for name in names}
+        path = path / listings[path].get(fold(part), part)
+    return str(path.relative_to(folder)) if os.path.exists(path) else image
 
 def read_id(text, where):
     """An id in Unicode's form NFC, unless it is empty or a number that lost digits."""
     rounded = re.fullmatch(r"-?\d[.,](\d+)[eE]\+(\d{1,3})", text)  # such as 6.20386E+12
     if not text or rounded and len(rounded[1]) < int(rounded[2]):
         raise InputError(f"{where}: id {text!r} is empty, or rounded by a spreadsheet; mend it")
-    return normalize("NFC", text)
+    return sys.intern(normalize("NFC", text))  # one string, however many rows have it
 
 def read_interactions(folder, items):
-    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first."""
+    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first, and the number
+    of rows of each item that items.csv lacks."""
+    path = folder / "interactions.csv"
     users = {}  # in the file's order
     rows = []
-    times = []
-    for where, user, item, timestamp in read_csv(folder / "interactions.csv", EVENTS):
+    unknown = Counter()
+    first = stranger = None
+    for where, user, item, timestamp in read_csv(path, EVENTS):
         user = read_id(user, where)
         item = read_id(item, where)
-        if item not in items:
-            raise InputError(f"{where}: item_id {item!r} is not in items.csv; {[*items][:2]} are")
         is_date, when = parse_time(timestamp)
-        if not numpy.isfinite(when):
+        if re.fullmatch(r"-?\d([.,]\d{0,6})?[eE]\+?(0?[89]|[1-9]\d)", timestamp):
+            raise InputError(f"{where}: time {timestamp!r} was rounded by a spreadsheet; mend it")
+        if not math.isfinite(when):
             raise InputError(f"{where}: timestamp {timestamp!r} is no number and no ISO 8601 date")
+        first = first or (is_date, f"{where} has {timestamp}")
+        if is_date != first[0]:
+            raise InputError(f"{where} has {timestamp}, but {first[1]}: times of two units; "
+                             "write all in one")
         users.setdefault(user, len(users))
-        rows.append((user, item, when))
-        times.append((is_date, when, f"{where} has {timestamp}"))
-    for (is_date, low, first), (next_is_date, high, second) in itertools.pairwise(sorted(times)):
-        gap = not is_date and low > 86400 and high > max(1e8, 30 * low)  # 0 may mean "unknown"
-        if gap or is_date != next_is_date:
-            raise InputError(f"{second}, but {first}: times of two units; write all in one")
-    return sorted(rows, key=lambda row: (users[row[0]], row[2]))
+        if item in items:
+            rows.append((user, item, when))
+        else:
+            stranger = stranger or f"{where}: item_id {item!r}"
+            unknown[item] += 1
+    if unknown.total() > len(rows):
+        raise InputError(f"{stranger} is not in items.csv, nor are those of most rows; "
+                         f"{[*items][:2]} are")
+    if rows and not first[0]:
+        check_units(path, rows)
+    rows.sort(key=lambda row: row[2])
+    rows.sort(key=lambda row: users[row[0]])
+    return rows, unknown
+
+def check_units(path, rows):
+    """Raise where times cannot be of one unit: seconds and milliseconds, days or serial dates."""
+    times = numpy.unique([when for _, _, when in rows])
+    times = times[(abs(times) > 86400) | (times % 900 > 0)]  # without 0, "unknown", in any zone
+    low, high = times[:-1], times[1:]
+    gap = (low > 9000) & (high > 1e8) & (high > 30 * low)  # 9000 days after 1970 it was 1994
+    if gap.any():
+        found = {high[gap][0]: "", low[gap][0]: ""}
+        for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
+            when = parse_time(timestamp)[1]
+            if when in found:
+                found[when] = found[when] or f"{where} has {timestamp}"
+        raise InputError(f"{', but '.join(found.values())}: times of two units; write all in one")
 
 def parse_time(timestamp):
     """(is it a date?, the number, or seconds since 1970; UTC if it names no zone; else NaN)."""
@@ -165,18 +215,31 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
         short, long = sorted(picture.size)
         thin = short < 2 or long > MAX_RATIO * short
         if thin or short * long > MAX_PIXELS or picture.mode in ("I", "F"):  # of no known range
-            raise ValueError(f"{picture.size} {picture.mode}: too large, small, thin or deep")
+            raise ValueError(f"{picture.size} {picture.mode}: {UNFIT}")
         picture.load()
         with contextlib.suppress(Exception):  # broken EXIF does not say how it was turned
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
             picture = Image.fromarray((numpy.asarray(picture) // 256).astype("uint8"))
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return picture.convert("RGB")
 
-def in_threads(work, inputs, name):
+def flaw(content: bytes, name: str) -> str:
+    """Why a picture cannot be shown, or "". That memory runs out is not the picture's fault."""
+    try:
+        load_picture(io.BytesIO(content))
+    except Exception as error:  # which one a damaged file raises is up to its decoder
+        said = re.sub(r" <.*?>|\s", " ", str(error))[:100]
+        if isinstance(error, MemoryError) or "memory" in said:  # Pillow has words of its own
+            raise MemoryError(f"out of memory while decoding {name}") from error
+        return said.strip() or type(error).__name__
+    return ""
+
+def in_threads(work, inputs, name, threads):
     """Yield work(input) of each input, in their order, with a bar; Ctrl-C ends it at once."""
-    with warnings.catch_warnings(action="ignore"), ThreadPool(16) as pool:  # Pillow's warnings
+    with warnings.catch_warnings(action="ignore"), ThreadPool(threads) as pool:  # Pillow's warnings
         yield from tqdm(pool.imap(work, inputs), name, len(inputs), leave=False, disable=None)
 
 def core(rows, k=CORE, room=0):
@@ -190,40 +253,56 @@ def core(rows, k=CORE, room=0):
             return kept
         rows = kept
 
+def check_item(folder, title, image):
+    """(digest of the picture, "", ""), or ("", why the item cannot be shown, detail)."""
+    content = read_file(folder / image)
+    if not title or content is None:
+        return "", "no file" if title else "no title", image[:100]
+    reason = flaw(content, image)
+    if reason:
+        return "", "not decodable", reason
+    return hashlib.blake2b(content, digest_size=16).hexdigest(), "", ""
+
 def read_domain(folder: str | Path) -> Domain:
     """Read a domain folder: drop what cannot be shown and all but the first of a repeat; 5-core."""
     folder = Path(folder)
     items = read_items(folder)
-    rows = read_interactions(folder, items)
-    def check(item):  # (digest of the picture, "", ""), or ("", why it cannot be shown, detail)
-        title, image = items[item]
-        content = read_file(folder / image)
-        if not title or content is None:
-            return "", "no file" if title else "no title", image[:100]
-        try:
-            load_picture(io.BytesIO(content))
-        except Exception as error:  # which one a damaged file raises is up to its decoder
-            return "", "not decodable", re.sub(r" <.*?>|\s", " ", str(error))[:100]
-        return hashlib.blake2b(content, digest_size=16).hexdigest(), "", ""
-    checks = dict(zip(items, in_threads(check, list(items), "check pictures")))
+    rows, unknown = read_interactions(folder, items)
+    threads = min(16, os.cpu_count())  # each takes a picture's memory
+    checked = in_threads(lambda item: check_item(folder, *items[item]), items, "check pictures",
+                         threads)
+    checks = dict(zip(items, checked))
     lost = [(item, *why) for item, (_, *why) in checks.items() if why[0]]
     untitled = [reason for _, reason, _ in lost].count("no title")
     shown = [row for row in rows if checks[row[1]][0]]
-    first = {row[:2]: row for row in reversed(shown)}  # the earliest, as it is put in last
-    dense = core([row for row in shown if first[row[:2]] is row])
+    first = []
+    for _, events in itertools.groupby(shown, lambda row: row[0]):
+        earliest = {}
+        for row in events:
+            earliest.setdefault(row[1], row)
+        first += earliest.values()
+    dense = core(first)
     kept = core(dense, room=NEGATIVES)
-    most = len({item for _, item, _ in dense}) - NEGATIVES
-    crowded = sorted(user for user, n in Counter(row[0] for row in dense).items() if n > most)
     dropped = {"items without a title": untitled,
                "items without a decodable picture": len(lost) - untitled,
                "interactions with such items": len(rows) - len(shown),
-               "repeated interactions": len(shown) - len(first),
-               f"users with too many items for {NEGATIVES} negatives {crowded[:3]}": len(crowded),
-               "interactions outside the 5-core, or of such users": len(first) - len(kept)}
+               f"interactions with items that items.csv lacks {[*unknown][:3]}": unknown.total(),
+               "repeated interactions": len(shown) - len(first)}
+    most = len({item for _, item, _ in dense}) - NEGATIVES
     if not kept:
-        gone = ", ".join(f"{count} {reason}" for reason, count in dropped.items() if count)
-        raise InputError(f"{folder}: nothing is left: a user needs {CORE} items and {NEGATIVES} "
-                         f"others, an item {CORE} users; dropped: {gone} {lost[:3]}")
+        cause = f"a user needs {CORE} items and {NEGATIVES} others, an item {CORE} users"
+        if dense:
+            cause = f"{most + NEGATIVES} items; more than {NEGATIVES} and a user's own are needed"
+        if len(shown) < len(rows) / 2:
+            item, reason, detail = lost[0]
+            cause = (f"{len(lost)} of {len(items)} items cannot be shown, such as {item!r}: "
+                     f"{reason} {detail!r}")
+        gone = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        raise InputError(f"{folder}: nothing is left: {cause}; dropped: {gone or 'nothing yet'}")
+    crowded = sorted(user for user, n in Counter(row[0] for row in dense).items() if n > most)
+    dropped |= {
+        f"users with too many items for {NEGATIVES} negatives {crowded[:3]}": len(crowded),
+        "interactions outside the 5-core, or of such users": len(first) - len(kept)}
     return index_domain(folder, items, checks, kept, dropped, lost)
 
 def index_domain(folder, items, checks, rows, dropped, lost):
@@ -233,17 +312,50 @@ def index_domain(folder, items, checks, rows, dropped, lost):
     index = {item: number for number, item in enumerate(item_ids)}
     titles = [items[item][0] for item in item_ids]
     pictures = [folder / items[item][1] for item in item_ids]
-    users = {}
-    for user, item, when in rows:
-        users.setdefault(user, []).append((index[item], when))
-    sequences = [[item for item, _ in events] for events in users.values()]
-    tied = [events[-1][1] == events[-2][1] for events in users.values()]
     shown = [checks[item][0] for item in item_ids]
-    content = json.dumps([item_ids, titles, shown, list(users), sequences, tied])
+    users = {}
+    tied = {}
+    previous = None
+    for user, item, when in rows:
+        users.setdefault(user, []).append(index[item])
+        tied[user] = previous == (user, when)
+        previous = (user, when)
+    sequences = list(users.values())
+    tied = list(tied.values())
+    parts = [item_ids, titles, shown, list(users), sequences, tied]
+    listed = [", ".join(map(json.dumps, part)) for part in parts]
+    content = f"[[{'], ['.join(listed)}]]"  # as json.dumps(parts), which takes 70 bytes an event
     digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
     name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
-    return Domain(
-        name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost, digest)
+    remarks = [*remark_items(titles, pictures, shown), *remark_ties(rows)]
+    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost,
+                  remarks, digest)
+
+def remark_items(titles, pictures, shown):
+    """Yield what is odd about items that can be shown."""
+    picture, count = Counter(shown).most_common(1)[0]
+    if count > max(5, len(shown) / 100):
+        path = pictures[shown.index(picture)]
+        yield f"{count:,} items have one and the same picture, {path}: is it a placeholder?"
+    coded = [title for title in titles if ";" in title and html.unescape(title) != title]
+    if coded:
+        yield f"{len(coded):,} titles have HTML in them, such as {coded[0]!r:.60}: unescape it"
+
+def remark_ties(rows):
+    """Yield what is odd about neighbours in a user's sequence that have one time."""
+    neighbours = tied = words = numbers = 0
+    for (user, before, start), (other, after, end) in itertools.pairwise(rows):
+        neighbours += user == other
+        if user == other and start == end:
+            tied += 1
+            words += before < after
+            numbers += (len(before), before) < (len(after), after)
+    if tied == neighbours:
+        yield "ALL TIMES of each user are equal: what comes last is up to the order of the file"
+    sorted_by_id = max(words, tied - words, numbers, tied - numbers)
+    if tied >= 20 and sorted_by_id >= 0.95 * tied:
+        yield (f"{sorted_by_id:,} of {tied:,} neighbours of one time are as if sorted by item id, "
+               "which no customer does but a model learns: shuffle interactions.csv")
 
 def describe(domain: Domain) -> str:
     """What was read and what was dropped, for people."""
@@ -254,14 +366,16 @@ def describe(domain: Domain) -> str:
     return (f"{domain.name}: {users:,} users, {len(domain.item_ids):,} items, {events:,} "
             f"interactions, mean length {events / users:.1f}\n"
             f"  dropped: {', '.join(lost) or 'nothing'}\n"
-            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users")
+            f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users"
+            + "".join(f"\n  NOTE: {remark}" for remark in domain.remarks))
 
 # What is prepared where it is missing: a domain or the tiny model ---------------------------------
 @contextlib.contextmanager
 def lock(path: Path, wait: bool = False):
     """Hold the lock of `path`, which dies with its process; if another has it, wait or raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False)
+    held = filelock.FileLock(path.with_name(f".{path.name}.lock"), fallback_to_soft=False,
+                              mode=0o666)  # others may share the folder
     try:
         held.acquire(blocking=False)
     except filelock.Timeout:
@@ -450,36 +564,67 @@ KNOWN = ["sample", *AMAZON]  # domains that we know how to make
 ARCHIVES = "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles"
 PICTURES = "https://m.media-amazon.com"  # serves today what the metadata's hosts served
 TIMEOUT = 20  # an attempt fails after so many seconds without a byte
+MAX_BYTES, MAX_SECONDS = 10_000_000, 60  # of a picture, all attempts together
+LOOKS = ("2014's reviews are JSON with reviewerID, asin, unixReviewTime (until July 2014), its "
+         "metadata Python dicts with asin, title, imUrl; delete it, run again")
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):
-        """None: a redirect is an error, as it may lead anywhere."""
+class SameHost(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, request, file, code, message, headers, address):
+        """Follow a redirect within its host; another one is an error, as it may lead anywhere."""
+        if urllib.parse.urlsplit(address).netloc == request.host:
+            return super().redirect_request(request, file, code, message, headers, address)
 
-def fetch(address, file):
-    """Append to `file` what it lacks of what lies at `address`. Returns "", or why it failed."""
+def fetch(address, file, small=False):
+    """Append to `file` what it lacks of what lies at `address`; what is small is begun anew after
+    a failure and has limits. Returns "", or why it failed, "no answer" where time may help."""
+    end = monotonic() + (MAX_SECONDS if small else math.inf)
+    wait = 0
     for pause in (0, 1, 2, 4):
-        sleep(pause)
+        sleep(max(pause, wait))
+        if monotonic() > end:
+            break
+        if small:  # the rest may be of another picture
+            file.seek(0)
+            file.truncate()
         start = file.tell()
+        headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
+        wait = 0
         try:
-            headers = {"User-Agent": "vlm2rec", "Range": f"bytes={start}-"}
             request = urllib.request.Request(address, headers=headers)
-            opener = urllib.request.build_opener(NoRedirects)
+            opener = urllib.request.build_opener(SameHost)
             with opener.open(request, timeout=TIMEOUT) as response:
                 if response.status != 206:  # it does not send only what we lack
                     response.read(start)
-                shutil.copyfileobj(response, file)
-                if not getattr(response, "length", 0):  # that is still to come
-                    return ""
-                reason = "cut off"
+                receive(response, file, MAX_BYTES if small else math.inf, end)
+            return ""
         except urllib.error.HTTPError as error:
             if error.code == 416 and start:  # nothing comes after what we have
                 return ""
             reason = f"HTTP {error.code}"
-            if error.code < 500 and error.code != 429:
+            if error.code in (404, 410):
                 return reason
+            if error.code < 500 and error.code != 429:
+                break
+            after = error.headers.get("Retry-After", "")
+            wait = min(int(after), 30) if after.isdecimal() else 0
+        except ValueError as error:  # too large, or no address
+            return str(error)
         except Exception as error:  # a network's failures have many names
             reason = f"{type(error).__name__} {error}"
     return f"no answer: {reason}"
+
+def receive(response, file, most, end):
+    """Append what a response holds to `file`; raise if it is cut off or beyond a limit."""
+    missing = getattr(response, "length", 0) or 0  # it need not say
+    for chunk in iter(lambda: response.read1(1 << 16), b""):
+        file.write(chunk)
+        missing -= len(chunk)
+        if file.tell() > most:
+            raise ValueError(f"over {most:,} bytes")
+        if monotonic() > end:
+            raise TimeoutError("too slow")
+    if missing > 0:
+        raise ConnectionError("cut off")
 
 def read_archive(path, base, parse):
     """Yield parse(line) for each line of a gzipped file, which is fetched unless it is there."""
@@ -494,52 +639,72 @@ def read_archive(path, base, parse):
             raise InputError(f"cannot fetch {address} ({reason}); run again, put it into "
                              f"{path.parent}, or try: python data.py DOMAIN --mirror URL")
         os.replace(part, path)
+    number = 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line in tqdm(file, path.name, unit=" lines", leave=False, disable=None):
+            lines = tqdm(file, path.name, unit=" lines", leave=False, disable=None)
+            for number, line in enumerate(lines, 1):
                 yield parse(line)
+        if not number:
+            raise EOFError("empty")
     except Exception as error:  # damage has many names
-        raise InputError(f"{path} is cut off or damaged ({error}); delete it, run again") from None
+        raise InputError(f"{path} is cut off or damaged, or of another year, after line {number} "
+                         f"({type(error).__name__} {error}); {LOOKS}") from None
+
+def read_review(line):
+    """(user, item, time)"""
+    row = json.loads(line)
+    if row["unixReviewTime"] > 1.41e9:
+        raise ValueError("a later review")
+    return row["reviewerID"], row["asin"], row["unixReviewTime"]
+
+def read_metadata(line):
+    """(item, title, address of its picture)"""
+    row = ast.literal_eval(line)
+    title = " ".join(html.unescape(row.get("title") or "").split())
+    title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return row["asin"], title, row.get("imUrl") or ""
 
 def fetch_pictures(addresses, folder):
     """Fetch {item: address} to `folder`/item.jpg, if it decodes. Returns {item: "", or why not}."""
     folder.mkdir(parents=True, exist_ok=True)
     def get(item):
         path = folder / f"{item}.jpg"
+        if path.exists() and not flaw(path.read_bytes(), path):  # a power cut leaves empty files
+            return ""
         content = io.BytesIO()
-        reason = "" if path.exists() else fetch(addresses[item], content)
-        if reason or path.exists():
+        reason = fetch(addresses[item], content, small=True)
+        if reason:
             return reason
-        try:
-            load_picture(content)
-        except Exception:  # whatever a decoder raises
-            return "not a picture, or too large, small or thin"
+        reason = flaw(content.getvalue(), path)
+        if reason:  # such as a page that asks whether we are human
+            return reason if reason.endswith(UNFIT) else f"no answer: no picture, {reason}"
         with whole_file(path) as partial:
             partial.write_bytes(content.getvalue())
         return ""
     reasons = {}
-    tally = Counter()
-    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures")):
+    silent = failed = 0
+    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures", 16)):
         reasons[item] = reason
-        tally[reason[:9]] += 1
-        failed = len(reasons) - tally[""]
-        silent = tally["no answer"] > max(5, len(addresses) / 100)
-        if silent or failed > max(25, len(reasons) / 2):
-            raise InputError(f"{failed} pictures failed ({reason}); check the network, run again")
+        failed += reason != ""
+        silent += reason.startswith("no answer")
+        if silent > max(5, len(addresses) / 100) or failed > max(25, len(addresses) / 2):
+            raise InputError(f"{failed} of {len(addresses)} pictures failed ({reason}); "
+                             "check the network, run again: it goes on from here")
     return reasons
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Write the 5-core of what has a title and a picture; a run that was killed is gone on with."""
     category, *published = AMAZON[domain]
     base = mirror.rstrip("/") or ARCHIVES
-    rows = read_archive(archives / f"reviews_{category}_5.json.gz", base, json.loads)
-    reviews = [(row["reviewerID"], row["asin"], row["unixReviewTime"]) for row in rows]
+    paths = [archives / f"reviews_{category}_5.json.gz", archives / f"meta_{category}.json.gz"]
+    reviews = list(read_archive(paths[0], base, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for row in read_archive(archives / f"meta_{category}.json.gz", base, ast.literal_eval):
-        title = " ".join(html.unescape(row.get("title") or "").split())
-        title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        if row["asin"] in about:
-            about[row["asin"]] = (title, row.get("imUrl") or "")
+    for item, title, address in read_archive(paths[1], base, read_metadata):
+        if item in about:
+            about[item] = (title, address)
+    if not any(title and address for title, address in about.values()):
+        raise InputError(f"{paths[1]} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
     for item, (title, address) in sorted(about.items()):
         known = re.match(r"https?://[^/]*amazon.com/(?!.*no-img)", address)
@@ -555,8 +720,16 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     lost = [[item, reason, about[item][1]] for item, reason in reasons.items() if reason]
     items = [[item, about[item][0], f"images/{item}.jpg"]
              for item in sorted({item for _, item, _ in final})]
-    counts = [len({user for user, _, _ in reviews}), len(about), len(reviews)]
-    print(f"{domain}: users, items, events {counts}, published {published}, {len(lost)} items lost")
+    users = len({user for user, _, _ in reviews})
+    print(f"{domain}: {users:,} users, {len(about):,} items, {len(reviews):,} events, published "
+          f"{published}; {len(lost)} items lost")
+    if not core(final, room=NEGATIVES):
+        causes = Counter(reason for _, reason, _ in lost).most_common(3)
+        told = ", ".join(f"{count} items: {reason}" for reason, count in causes)
+        raise InputError(f"{folder}: nothing is left; lost: {told}")
+    later = [item for item, reason, _ in lost if reason.startswith("no answer")]
+    if later:
+        print(f"{len(later)} of them gave no answer; to try again, delete {folder}/items.csv first")
     write_csv(folder / "dropped.csv", ["item_id", "reason", "address"], lost)
     write_csv(folder / "interactions.csv", EVENTS, final)
     write_csv(folder / "items.csv", ITEMS, items)  # last: where it is, the domain is whole
@@ -568,11 +741,13 @@ def main() -> int:
     parser.add_argument("--data-dir", default="domains", type=os.path.expanduser)
     parser.add_argument("--mirror", default="", help="address of archives and pictures")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal shows what it can
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a daemon may have none
     try:
         print(describe(read_domain(prepare_domain(args.domain, Path(args.data_dir), args.mirror))))
-    except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, MemoryError) as error:
+        print(f"error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)

@@ -248,6 +248,7 @@ def fuse(parts):
 
 # ---- Losses (Sections 2.4, 4.2): pure functions of tensors, which need nothing but torch ----
 # sim (B, B) is s(z_u, e_j) with the positives on its diagonal, mask (B, B) marks the negatives.
+# Any two modalities do, say text and sound, as long as histories and targets both have both.
 
 def cosine(z, e):
     """s(z, e): the cosine of every row of z (n, D) with every row of e (m, D): (n, m)."""
@@ -342,8 +343,7 @@ class Penalty(nn.Module):
     their own, the paper's 1e-5, whatever LoRA's is."""
     def __init__(self, alpha=1.0):
         super().__init__()
-        start = torch.tensor([alpha, 1.0])
-        self.raw = nn.Parameter(start.expm1().log())  # softplus of it is the start
+        self.raw = nn.Parameter(torch.tensor([alpha, 1.0]).expm1().log())  # before the softplus
 
     def forward(self):
         return torch.nn.functional.softplus(self.raw).unbind()
@@ -377,9 +377,8 @@ def make_evaluation(domain, split, length, seed):
         users = sorted(random.Random(f"{seed} validation users").sample(users, VALIDATION_USERS))
     sequences = [domain.sequences[user] for user in users]
     histories, targets, _ = zip(*[leave_one_out(own, split, length) for own in sequences])
-    items = len(domain.item_ids)
-    negatives = [draw_negatives(domain.user_ids[user], sequence, items, split, seed)
-                 for user, sequence in zip(users, sequences)]
+    negatives = [draw_negatives(domain.user_ids[user], own, len(domain.item_ids), split, seed)
+                 for user, own in zip(users, sequences)]
     return Evaluation(histories, torch.tensor(targets), torch.tensor(negatives), sequences)
 
 def target_rank(target, others):
@@ -525,9 +524,9 @@ def complete(config):
     """Fill in what depends on other settings; InputError for what is out of range or not read."""
     if config.model is None:
         config.model = "tiny" if config.domain == "sample" else PAPERS_MODEL
-    tiny = config.model == "tiny"  # random weights need a larger rate, and no large pictures
-    depends = {"lr": 1e-3 if tiny else 1e-5, "image_size": 56 if tiny else 168,
-               "checkpointing": "off" if tiny else "on"}
+    depends = {"lr": 1e-5, "image_size": 168, "checkpointing": "on"}
+    if config.model == "tiny":  # random weights need a larger rate, and no large pictures
+        depends = {"lr": 1e-3, "image_size": 56, "checkpointing": "off"}
     for name, value in depends.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -551,8 +550,9 @@ def queries(z, e, test):
     scores = {}
     for name in ("f2f", "t2f", "v2f", "t2t", "v2v"):
         query, _, items = name
-        ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
-        scores[name] = hits_and_ndcg(ranks)["N@10"]
+        if {spaces[query], spaces[items]} <= set(z):
+            ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
+            scores[name] = hits_and_ndcg(ranks)["N@10"]
     return scores
 
 def gradient_cosines(model, batch):
@@ -583,6 +583,18 @@ def geometry(z, e, test):
         means.append(torch.stack([part.mean(dim=1) for part in parts]))  # (3, 1024)
     a_pos, a_neg, near = torch.cat(means, dim=1).mean(dim=1).tolist()
     return {"A_pos": a_pos, "A_neg": a_neg, "S": a_neg / (a_pos + 1e-12), "U": math.log(near)}
+
+def measure_collapse(z, e, test, epochs):
+    """What Section 3 shows of a run, as tables; none without a modality."""
+    tables = {}
+    if len(z) > 1:
+        tables["queries"] = {"N@10": queries(z, e, test)}
+        tables["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
+    if epochs and "cos_text" in epochs[0]:
+        ends = {"first": epochs[0], "last": epochs[-1]}
+        tables["gradient"] = {name: {"text": scores["cos_text"], "vision": scores["cos_vision"]}
+                              for name, scores in ends.items()}
+    return tables
 
 # ---- Loading: any of ten families by one path ----
 
@@ -622,8 +634,6 @@ def check_family(config, settings):
     side = token_side(config)
     if side and settings.image_size % side:
         raise InputError(f"--image-size {settings.image_size}: take a multiple of {side}")
-    if not side and settings.image_size not in (56, 168):
-        print("note: this model scales pictures to its own size, --image-size has no effect")
 
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor; None for a language model's); bfloat16
@@ -718,12 +728,12 @@ def check_prompts(encoder, tokenizer, run):
         lost = []
     if not all([*encoder.titles, encoder.newline, tokenizer.eos_token, not lost]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
-                         f"{lost}: are tokenizer.json and tokenizer_config.json there?")
+                         f"{lost}: is tokenizer.json there?")
     most = max(set().union(encoder.picture, encoder.prompt([], "text"), *encoder.titles))
     rows = len(vlm.get_input_embeddings().weight)
     if most >= rows:
-        raise InputError(f"the tokenizer of --model {run.config.model} gives token {most}, the "
-                         f"model has {rows}: they do not belong together")
+        raise InputError(f"--model {run.config.model} has {rows} tokens, its tokenizer gives "
+                         f"number {most}: they do not belong together")
     context = vlm.config.get_text_config().max_position_embeddings
     for split, sequence in itertools.product(("train", "valid", "test"), run.domain.sequences):
         history, _, _ = leave_one_out(sequence, split, run.config.history)
@@ -732,24 +742,25 @@ def check_prompts(encoder, tokenizer, run):
             raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
                              "shorten --history, or --image-size")
     cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
-    print(f"a picture takes {encoder.features.shape[2]} tokens; {len(cut)} titles have "
+    scaled = hasattr(vlm.config, "vision_config") and not token_side(vlm.config)
+    print(f"a picture takes {encoder.features.shape[2]} tokens"
+          f"{', whatever --image-size' if scaled else ''}; {len(cut)} titles have "
           f"{TITLE_TOKENS} or more, and are cut: {len(set(cut))} of these differ")
 
 def add_lora(vlm, config):
     """Put LoRA into the language model, new or --adapter's; InputError if it does not fit."""
     decoder = vlm.get_decoder()
     place = next(name for name, module in vlm.named_modules() if module is decoder)
+    revision = vlm.commit or config.revision
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=rf"{re.escape(place)}.*_proj\w*",
-        revision=vlm.commit or config.revision)
+        target_modules=rf"{re.escape(place)}.*_proj\w*", revision=revision)
     with readable(f"LoRA, or --adapter {config.adapter}, does not fit --model and --method"):
         if config.adapter:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
-            base = vlm.config._name_or_path
-            if (settings.base_model_name_or_path, settings.revision) != (base, config.revision):
-                print(f"note: {config.adapter} was trained on {settings.base_model_name_or_path}, "
-                      f"revision {settings.revision}; here it meets {base}, {config.revision}")
+            trained_on = f"{settings.base_model_name_or_path}, {settings.revision}"
+            if trained_on != f"{vlm.config._name_or_path}, {revision}":
+                print(f"note: {config.adapter} was trained on {trained_on}")
             settings.inference_mode = False  # else no weight of it would count as trained
         if settings.peft_type != "LORA":
             raise ValueError(f"{settings.peft_type} would not be used")
@@ -805,9 +816,9 @@ def run_folder(config):
         name += "+" + re.sub(r"\W+", "-", words).strip("-")[-60:]
     return Path(config.out, os.path.basename(source), f"{name}-seed{config.seed}")
 
-def open_run(config, domain=None):
-    """Prepare and read what a run needs, unless the domain is given. What can be known of the
-    other settings is checked before anything is fetched. Raises InputError."""
+def open_run(config, first=None):
+    """Prepare and read what a run needs, or take it from the `first` run of a command. What can be
+    known of the settings is checked before anything is fetched. Raises InputError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -818,9 +829,9 @@ def open_run(config, domain=None):
     folder = run_folder(config)
     if METHODS[config.method].modalities and not (folder / "table.md").exists():
         check_model(config, device)
-    settings = run_settings(config)
+    settings = run_settings(config, first)
     source = data.prepare_domain(config.domain, Path(config.data_dir))
-    domain = domain or data.read_domain(source)
+    domain = first.domain if first else data.read_domain(source)
     settings["data"] = domain.digest
     users = len(domain.user_ids)
     if not config.batch <= (config.train_users or users) <= users:
@@ -830,8 +841,8 @@ def open_run(config, domain=None):
 def check_model(config, device):
     """What a model's config.json tells, if that is on this machine, without its weights."""
     if config.model == PAPERS_MODEL and device != config.device == "auto" and device == "cpu":
-        raise InputError(f"there is no CUDA, and {PAPERS_MODEL} (7.5 GB) takes days without: "
-                         "--model tiny tries your files, --device cpu insists")
+        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
+                         "your files, --device cpu insists")
     model = data.prepare_model(config.model, Path(config.data_dir))
     here = Path(model).exists()
     if not here and model.startswith((".", "/")):
@@ -855,7 +866,7 @@ def digest_of(path):
             content.update(hashlib.file_digest(file, "sha256").digest())
     return content.hexdigest()[:16]
 
-def run_settings(config):
+def run_settings(config, first=None):
     """What a run's numbers depend on. What is given as a file or folder is known by its content,
     wherever it lies. "paths" and "code" are written beside, and do not tell runs apart."""
     settings = asdict(config)
@@ -865,17 +876,20 @@ def run_settings(config):
     for name, path in settings["paths"].items():
         if name != "model" and path and not os.path.exists(path):
             raise InputError(f"--{name} {path}: there is no such file or folder")
-        if path != "tiny" and os.path.exists(path):
+        if first and path == first.settings["paths"][name]:
+            settings[name] = first.settings[name]
+        elif path != "tiny" and os.path.exists(path):
             settings[name] = digest_of(path)
     settings["code"] = {"source": digest_of(__file__) + digest_of(data.__file__),
                         "torch": torch.__version__, "transformers": transformers.__version__}
     return settings
 
-def differences(before, now, aside=("paths", "code")):
+def differences(before, now, aside=()):
     """The settings of one run that another has not: "lr 0.001, epochs 1"; or ""."""
+    aside = {*aside, "paths", "code"}
     names = [name for name in now if name not in aside and before.get(name) != now[name]]
-    return ", ".join("the catalogue as it was before it changed" if name == "data" else
-                     f"{name} {before.get(name)}" for name in names)
+    words = {"data": "the catalogue as it was before it changed"}
+    return ", ".join(words.get(name, f"{name} {before.get(name)}") for name in names)
 
 def check_folder(run):
     """InputError if a run's folder holds another run; a line if other code made what is there."""
@@ -1001,14 +1015,7 @@ def run_method(run):
     for name, tensors, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
         save_tensors(run.folder / f"{name}s.safetensors", tensors, {f"{name}_ids": json.dumps(ids)})
     draw_users(run, test, z, e, model.score)
-    collapse = {}
-    if set(BOTH) <= set(z):
-        collapse["queries"] = {"N@10": queries(z, e, test)}
-        collapse["geometry"] = {space: geometry(z[space], e[space], test) for space in z}
-        if "epochs" in scores:
-            ends = {"first": epochs[0], "last": epochs[-1]}
-            collapse["gradient"] = {name: {m: scores[f"cos_{m}"] for m in BOTH}
-                                    for name, scores in ends.items()}
+    collapse = measure_collapse(z, e, test, scores.get("epochs"))
     scores["commit"] = commit_of(model)
     ranks = [evaluate(z["fused"], e["fused"], test, model.score, full) for full in (False, True)]
     return write_results(run, test, ranks, scores, collapse)
@@ -1031,7 +1038,7 @@ def write_results(run, test, ranks, scores, collapse):
     for name, users in parts.items():
         scores[name] = hits_and_ndcg(ranks[0][users]) if users.any() else None
     about = {"domain": domain.name, "method": run.config.method, "seed": run.config.seed,
-             "model": run.config.model}
+             "model": run.config.model, "users": len(targets)}
     data.write_text(run.folder / "metrics.json", json.dumps(about | scores | collapse, indent=1))
     return verdict(ranks[0], popular, scores) + report(run.folder.name, scores, collapse)
 
@@ -1046,12 +1053,10 @@ def mean_and_error(values):
 def verdict(ranks, popular, scores):
     """A run in words: against the better of popularity and chance, paired over the test's users."""
     name = max(("popularity", "chance"), key=lambda name: scores[name]["N@10"])
-    other = gains(popular) if name == "popularity" else scores["chance"]["N@10"]
-    above = gains(ranks) - other
-    clear = above.mean().abs() > 2 * above.std() / math.sqrt(len(above))
-    word = "not distinguishable from"
-    if clear:
-        word = "above" if above.mean() > 0 else "BELOW"
+    above = gains(ranks) - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
+    word = "above" if above.mean() > 0 else "BELOW"
+    if above.mean().abs() <= 2 * above.std() / math.sqrt(len(above)):
+        word = "not distinguishable from"
     text = (f"The test's N@10, {scores['test']['N@10']:.4f}, is {word} that of {name}, "
             f"{scores[name]['N@10']:.4f}: {mean_and_error(above)} (standard error, over users).\n")
     if "untrained" in scores and scores["valid"]["N@10"] < scores["untrained"]["N@10"] + 0.001:
@@ -1059,7 +1064,10 @@ def verdict(ranks, popular, scores):
     return text
 
 EXPLAINED = {  # what stands under each table
-    "H@k": "H@k: share of users whose next item is among the first k; N@k: more for a higher place",
+    "": "H@k: share of users whose next item is among the first k; N@k: more for a higher place",
+    "beside it": "valid, untrained: validation after the best epoch, before the first step; "
+                 "test_full: among all items; test_untied: without users whose last item was "
+                 "decided by a tie; seen: by users before validation",
     "queries": "x2y: histories as x look for items as y; f fused, t text, v vision (Fig. 1a)",
     "geometry": "A_pos, A_neg: mean squared distance of a history to its target, to the negatives; "
                 "S = A_neg / A_pos; U: uniformity, lower is more even (Table 1)",
@@ -1073,15 +1081,13 @@ def report(name, scores, collapse):
     rest = {row: values for row, values in scores.items()
             if row not in first and isinstance(values, dict)}
     tables = {name: {row: scores[row] for row in first}, "beside it": rest, **collapse}
-    text = ""
-    for title, rows in tables.items():
-        text += f"\n{table(title, rows)}{EXPLAINED.get(title, EXPLAINED['H@k'])}\n"
-    return text
+    return "".join(f"\n{table(title, rows)}\n{EXPLAINED.get(title, EXPLAINED[''])}\n"
+                   for title, rows in tables.items())
 
 def table(title, rows):
     """Named rows of scores as Markdown, without those that are None; the last row's columns."""
     rows = {name: row for name, row in rows.items() if row}
-    columns = list(next(reversed(rows.values())))
+    columns = list(next(reversed(rows.values()), []))
     lines = [[title, *columns], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
         cells = [row[column] for column in columns]
@@ -1114,26 +1120,25 @@ def execute(run):
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
 class Finished(NamedTuple):
-    """A finished run as its files tell."""
-    name: str        # with what is given, without the seed
+    """A finished run, as its files tell."""
     settings: dict
-    scores: dict
+    test: dict           # H@k, N@k and, of its modalities, t2t and v2v
     gains: torch.Tensor  # (U,), of the users in their ids' order
 
 def read_finished(folder):
     """A finished run; InputError, which names the file, if it is damaged."""
-    settings = read_json(folder / "config.json")
     scores = read_json(folder / "metrics.json")
-    ranks = {user: float(rank) for _, user, rank in
-             data.read_csv(folder / "ranks.csv", ("user_id", "rank"))}
-    name = folder.name.removesuffix(f"-seed{settings['seed']}")
-    ordered = torch.tensor([ranks[user] for user in sorted(ranks)], dtype=torch.double)
-    return Finished(name, settings, scores, gains(ordered))
+    rows = data.read_csv(folder / "ranks.csv", ("user_id", "rank"))
+    ranks = [float(rank) for _, user, rank in sorted(rows, key=lambda row: row[1])]
+    if len(ranks) != scores["users"]:
+        raise InputError(f"{folder}/ranks.csv has {len(ranks)} of {scores['users']} users")
+    test = scores.get("queries", {"N@10": {}})["N@10"] | scores["test"]
+    return Finished(read_json(folder / "config.json"), test, gains(torch.tensor(ranks)))
 
 def against(ours, theirs):
     """Ours above theirs, {seed: Finished}, in N@10: over three or more shared seeds, or over the
     users, whose spread is not that of another training."""
-    seeds = sorted(set(ours) & set(theirs))
+    seeds = set(ours) & set(theirs)
     if not seeds or ours is theirs:
         return "-"
     above = torch.stack([ours[seed].gains - theirs[seed].gains for seed in seeds])  # (seeds, U)
@@ -1143,29 +1148,29 @@ def against(ours, theirs):
 
 def comparison(folder, settings):
     """Mean ± standard deviation over each method's seeds, and vlm2rec against each. Runs whose
-    other settings are not these `settings` are rows of their own, with what differs; a damaged run
-    is named and left out."""
+    other settings are not these are rows of their own, with what differs; the damaged are named."""
     groups = {}
-    lost = []
+    lost = ""
     for path in sorted(folder.glob("*/table.md")):
         try:
             run = read_finished(path.parent)
-            aside = ("method", "seed", "adapter", "embeddings", "paths", "code")
-            other = differences(run.settings, settings, aside)
-            groups.setdefault((other, run.name), {})[run.settings["seed"]] = run
+            seed = run.settings["seed"]
+            other = differences(run.settings, settings, ("method", "seed", "adapter", "embeddings"))
+            name = path.parent.name.removesuffix(f"-seed{seed}") + (f" ({other})" if other else "")
+            groups.setdefault((other, name), {})[seed] = run
         except (InputError, KeyError, ValueError) as error:
-            lost.append(f"left out, as it is damaged: {path.parent} ({error})\n")
+            lost += f"left out, as it is damaged: {path.parent} ({error})\n"
     rows = {}
     for (other, name), runs in sorted(groups.items()):
         row = {"seeds": str(len(runs))}
-        for column in ("H@10", "N@10", "H@20", "N@20"):
-            values = torch.tensor([run.scores["test"][column] for run in runs.values()])
-            spread = f" ± {values.std():.4f}" if len(values) > 1 else ""
-            row[column] = f"{values.mean():.4f}{spread}"
-        row["vlm2rec above it, N@10"] = against(groups.get((other, "vlm2rec"), {}), runs)
-        rows[f"{name} ({other})" if other else name] = row
-    text = table(f"test, runs in {folder}", rows) if rows else ""
-    return text + "".join(lost)
+        for column in ("H@10", "N@10", "H@20", "N@20", "t2t", "v2v"):
+            values = torch.tensor([run.test.get(column, math.nan) for run in runs.values()])
+            spread = f" ± {values.std():.4f}" if len(runs) > 1 else ""
+            row[column] = "-" if values.isnan().any() else f"{values.mean():.4f}{spread}"
+        ours = groups.get((other, "vlm2rec" + (f" ({other})" if other else "")), {})
+        rows[name] = row | {"vlm2rec above it, N@10": against(ours, runs)}
+    text = "t2t, v2v: what titles, pictures rank by themselves, N@10; ±: over the seeds\n"
+    return table(f"test, runs in {folder}", rows) + "\n" + text + lost
 
 # ---- Terms that the paper's loss has not: the simplest control there is, and SDA's ----
 # SDA (Structural and Disentangled Adaptation, 2025) is another answer: CMSA, and MoDA's gates.
@@ -1355,25 +1360,25 @@ def recommend(run, history, k=10):
     ids = run.domain.item_ids
     unknown = [item for item in history if item not in ids]
     adapter = run.folder / "adapter"
-    for wrong, why in (
-            (not run.method.modalities, f"--method {run.config.method} has no encoder"),
-            (before["data"] != run.domain.digest, "its catalogue has changed since"),
-            (run.method.trains and not adapter.exists(), f"{adapter} is missing"),
-            (not history, "give at least one item id, the oldest first"),
-            (unknown, f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)")):
-        if wrong:
-            raise InputError(f"{run.folder} cannot recommend: {why}")
+    wrong = {
+        f"--method {run.config.method} has no encoder": not run.method.modalities,
+        "its catalogue has changed since": before["data"] != run.domain.digest,
+        f"{adapter} is missing": run.method.trains and not adapter.exists(),
+        "give at least one item id, the oldest first": not history,
+        f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)": unknown}
+    for why in filter(wrong.get, wrong):
+        raise InputError(f"{run.folder} cannot recommend: {why}")
     known = {name: before[name] for name in asdict(run.config) if name in before}
     known["adapter"] = str(adapter) if adapter.exists() else ""
     known["model"] = run.config.model
-    if run.settings["model"] != before["model"]:
+    if run.settings["model"] != before["model"]:  # given by another path, or not given
         known["model"] = before["paths"]["model"]
     run = run._replace(config=replace(run.config, **known))
     if run_settings(run.config)["model"] != before["model"]:
         raise InputError(f"the files of --model {known['model']} have changed since {run.folder}")
     path = run.folder / "items.safetensors"
-    with readable(f"{path} is missing or damaged"), safetensors.safe_open(path, "pt") as file:
-        e = file.get_tensor("fused")
+    with readable(f"{path} is missing or damaged"):
+        e = load_file(path)["fused"]
     items = [ids.index(item) for item in history]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
@@ -1423,7 +1428,7 @@ def show_recommendations(config, history):
 def run_all(configs):
     """Check all runs, then do one after the other."""
     first = open_run(configs[0])
-    runs = [first, *(open_run(config, first.domain) for config in configs[1:])]
+    runs = [first] + [open_run(config, first) for config in configs[1:]]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {first.device}\n"
           f"{data.describe(first.domain)}")
     if first.config.model == "tiny" and first.config.domain != "sample":
@@ -1438,6 +1443,7 @@ def main(argv=None):
     """The exit code: 0; 2 after one line on what the user can mend; 130 after Ctrl-C."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # tqdm needs one
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers|peft")
