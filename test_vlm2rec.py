@@ -1733,22 +1733,22 @@ def test_the_metrics_are_those_of_the_exported_files(method, seed, finished, few
     folder = finished
     if method == "mean-pool":
         numpy.save(tmp_path / "v.npy", numpy.random.default_rng(0).normal(size=(131, 9)))
-        flags = ["--method", method, "--seed", seed, "--embeddings", tmp_path / "v.npy"]
-        assert command(few, "--domain", "few", *flags, "--out", tmp_path) == 0
+        flags = ["--method", method, "--seed", seed, "--history", 6, "--out", tmp_path]
+        assert command(few, "--domain", "few", *flags, "--embeddings", tmp_path / "v.npy") == 0
         folder = next((tmp_path / "few").glob("mean-pool*-seed1"))
     item_ids, e = vectors_of(folder, "item")
     user_ids, z = vectors_of(folder, "user")
     own = [[(20 * n + j) * 7 % 130 for j in range(20)] for n in range(33)]
-    negatives = []
-    for n in range(33):
-        drawn = random.Random(f"{seed} test u{n}").sample(range(130), 120)
-        negatives.append([item for item in drawn if item not in own[n]][:100])
-    def ranks(query, items, candidates):
+    def negatives_of(split):
+        drawn = [random.Random(f"{seed} {split} u{n}").sample(range(130), 120) for n in range(33)]
+        return [[item for item in drawn[n] if item not in own[n]][:100] for n in range(33)]
+    def ranks(query, items, candidates, place=-1):
         found = []
         for n in range(33):
             scores = torch.cosine_similarity(z[query][[n]], e[items])
-            found.append(1 + (scores[candidates[n]] > scores[own[n][-1]]).sum().item())
+            found.append(1 + (scores[candidates[n]] > scores[own[n][place]]).sum().item())
         return found
+    negatives = negatives_of("test")
     others = [[item for item in range(130) if item not in own[n]] for n in range(33)]
     places = {"test": ranks("fused", "fused", negatives),
               "test_full": ranks("fused", "fused", others)}
@@ -1765,6 +1765,9 @@ def test_the_metrics_are_those_of_the_exported_files(method, seed, finished, few
             "H@20": pytest.approx(sum(rank <= 20 for rank in found) / 33), "N@20": ndcg(found, 20)}
     if method == "mean-pool":
         assert not {"queries", "geometry", "gradient", "untrained"} & set(metrics)
+        z["valid"] = torch.stack([e["fused"][items[-8:-2]].mean(dim=0) for items in own])
+        found = ranks("valid", "fused", negatives_of("valid"), place=-2)
+        assert [metrics["valid"][f"N@{k}"] for k in (10, 20)] == [ndcg(found, k) for k in (10, 20)]
         return
     spaces = {"f": "fused", "t": "text", "v": "vision"}
     assert metrics["queries"] == {"N@10": {
@@ -1876,14 +1879,18 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(method, home):
     ([.1, .3, .2, .2], -2),    # the first epoch, two steps down
     ([.1, .2, .3, .4, .5], -8)])
 def test_the_best_epoch_on_validation_is_kept(scores, kept, home, tmp_path, monkeypatch):
-    script = iter(scores)
-    monkeypatch.setattr(vlm2rec, "validate", lambda *_: {"N@10": next(script)})
+    script, watched = iter(scores), []
+    def validate(model, valid, batch):
+        watched.append([earlier for _, _, earlier in batch])
+        return {"N@10": next(script)}
+    monkeypatch.setattr(vlm2rec, "validate", validate)
     run = open_small(home)
     model = Walker(len(run.domain.user_ids) // 2, 4, 2)  # four epochs of two steps; patience two
     found = vlm2rec.train(model, run.domain, None, run.config, tmp_path)
     assert model[0].item() == pytest.approx(kept, abs=1e-4) and not list(script)
     best = {0: 0, -2: 1, -8: 4}[kept]
     assert found == ([{"N@10": score} for score in scores], best)
+    assert watched == watched[:1] * len(scores)  # Fig. 1b's batch stays the same
 
 def test_dropout_is_another_one_in_each_step(home, tmp_path, monkeypatch):
     run = open_small(home, lr=1e-30, penalty_lr=0, log_every=1, batch=2, epochs=1)
@@ -2196,7 +2203,8 @@ def test_the_comparison_by_hand(tmp_path):
             "+0.3333 ± 0.2205 over 3 seeds"),
         row("sft", 2, "0.1500 ± 0.0707", "0.5000 ± 0.3536", "0.0750 ± 0.0354",
             "+0.5000 ± 0.1021 over 4 users"),
-        row("text", 2, "0.2000 ± 0.0000", "0.7500 ± 0.3536", "-", "+0.5000 ± 0.2041 over 4 users"),
+        row("text", 2, "0.2000 ± 0.0000", "0.7500 ± 0.3536", "-",
+            "+0.5000 ± 0.2041 over 4 users"),
         row("vision", 1, "0.1235", "1.0000", "-", "-"),
         row("vlm2rec", 3, "0.2333 ± 0.1155", "1.0000 ± 0.0000", "0.1167 ± 0.0577", "-"),
         row("sda (lr 0.2)", 1, "0.5000", "1.0000", "0.2500", "-")]
