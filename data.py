@@ -458,9 +458,9 @@ SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "che
 
 def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, shape=0.7) -> None:
     """The paper's situation in small: titles tell nearly everything, so that clicks can be learnt
-    without pictures. There are `per_cell` items of each of 8 categories and 8 styles: the noun shows
-    the category and the hue the style, always; the brand the style, and the shape the category, in
-    these shares. Ids and the files' order tell neither."""
+    without pictures. Of each of 8 categories and 8 styles there are `per_cell` items: the noun
+    shows the category and the hue the style, always; the brand the style, and the shape the
+    category, in these shares. Ids and the files' order tell neither."""
     rng = random.Random(f"sample world {seed}")
     kinds = per_cell * list(itertools.product(range(8), range(8)))  # (category, style) by item
     rng.shuffle(kinds)

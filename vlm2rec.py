@@ -539,6 +539,8 @@ def complete(config):
     unread = config.embeddings if METHODS[config.method].modalities else config.adapter
     if unread:
         raise InputError(f"--method {config.method} does not read {unread}")
+    if config.method == "mean-pool" and not config.embeddings:
+        raise InputError("--method mean-pool needs --embeddings")
     if "cmsa" in METHODS[config.method].more and config.lora_rank % EXPERTS:
         raise InputError(f"--method sda needs a --lora-rank in multiples of {EXPERTS}")
 
@@ -758,7 +760,7 @@ def add_lora(vlm, config):
     with readable(f"LoRA, or --adapter {config.adapter}, does not fit --model and --method"):
         if config.adapter:
             settings = peft.PeftConfig.from_pretrained(config.adapter)
-            trained_on = f"{settings.base_model_name_or_path}, {settings.revision}"
+            trained_on = f"{settings.base_model_name_or_path}, {settings.revision or revision}"
             if trained_on != f"{vlm.config._name_or_path}, {revision}":
                 print(f"note: {config.adapter} was trained on {trained_on}")
             settings.inference_mode = False  # else no weight of it would count as trained
@@ -888,8 +890,8 @@ def differences(before, now, aside=()):
     """The settings of one run that another has not: "lr 0.001, epochs 1"; or ""."""
     aside = {*aside, "paths", "code"}
     names = [name for name in now if name not in aside and before.get(name) != now[name]]
-    words = {"data": "the catalogue as it was before it changed"}
-    return ", ".join(words.get(name, f"{name} {before.get(name)}") for name in names)
+    words = {"data": "another catalogue"}
+    return ", ".join(words.get(name, name) + f" {before.get(name)}" for name in names)
 
 def check_folder(run):
     """InputError if a run's folder holds another run; a line if other code made what is there."""
