@@ -20,7 +20,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import urllib.request
 import warnings

@@ -1433,7 +1433,7 @@ def run_all(configs):
     runs = [first] + [open_run(config, first) for config in configs[1:]]
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {first.device}\n"
           f"{data.describe(first.domain)}")
-    if first.config.model == "tiny" and first.config.domain != "sample":
+    if first.config.model == "tiny" and first.config.domain != "sample" and first.method.modalities:
         print("note: --model tiny has random weights and knows the sample world's words only: it "
               "tries your files, and says nothing of the method on them")
     for run in runs:
