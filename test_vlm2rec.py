@@ -60,9 +60,10 @@ def home(tmp_path_factory):
     return folder
 
 def command(folder, *flags):
-    """vlm2rec.main with a domain of `folder`, results in folder/runs: the exit code."""
-    paths = ["--data-dir", folder / "domains", "--out", folder / "runs", "--model", "tiny"]
-    return vlm2rec.main([str(flag) for flag in (*paths, *flags)])
+    """vlm2rec.main on few, a domain of `folder`, results in folder/runs: the exit code."""
+    paths = ["--data-dir", folder / "domains", "--out", folder / "runs"]
+    flags = ["--domain", "few", "--model", "tiny", *paths, *flags]
+    return vlm2rec.main([str(flag) for flag in flags])
 
 def open_small(home, **settings):
     """An opened run on the small world; settings as of vlm2rec.Config."""
@@ -79,7 +80,7 @@ def loop_cosine(a, b):
     return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
 
 def loop_sim(z, e):
-    return [[loop_cosine(z[u], e[j]) for j in range(len(e))] for u in range(len(z))]
+    return [[loop_cosine(user, item) for item in e] for user in z]
 
 def loop_contrast(z, e, mask, weight):
     """Eq. 10; with all weights 1 it is Eq. 3. Mean over the batch."""
@@ -132,8 +133,8 @@ def loop_weights(t, mask, strong):
     return gap, [1 + t["beta"] * math.log(1 + math.exp(t["alpha"] * g)) for g in gap]
 
 def loop_value(name, t, mask, held):
-    """A method's loss, or the batch's mean gap or weight, from a dict of nested lists. Where no
-    gradient goes a number stays: `held` are M_strong, the batch's mean weight, SDA's teacher."""
+    """A method's loss, or the batch's mean gap or weight. Through what is `held` no gradient goes:
+    M_strong, the batch's mean weight, SDA's teacher."""
     gap, weight = loop_weights(t, mask, name != "no-stopgrad" and held["strong"])
     ones = [1.0] * len(gap)
     z = numpy.add(t["z_text"], t["z_vision"]).tolist()  # Eq. 2
@@ -195,8 +196,8 @@ def test_losses_and_gradients_equal_the_loops(five_users, name):
             for step in (1e-5, -1e-5):
                 moved = tensor.detach().clone()
                 moved.view(-1)[k] += step
-                changed = values | {key: moved.tolist()}
-                slope += loop_value(name, changed, mask, held) / (2 * step)
+                value = loop_value(name, values | {key: moved.tolist()}, mask, held)
+                slope += value / (2 * step)
             assert gradient.view(-1)[k].item() == pytest.approx(slope, abs=1e-6), (key, k)
 
 def test_topology_by_hand_and_in_both_directions():
@@ -220,7 +221,7 @@ def test_alpha_and_beta_start_at_1_and_only_ever_fall(alpha):
     penalty = untrained_model(alpha=float(alpha)).penalty
     optimizer = torch.optim.SGD(penalty.parameters(), lr=0.5)
     values = []
-    for step in range(20):
+    for _ in range(20):
         values.append([value.item() for value in penalty()])
         weight = vlm2rec.penalty_weight(torch.rand(2), *penalty())
         optimizer.zero_grad()
@@ -238,14 +239,14 @@ def test_cosines_are_computed_in_float32_at_least():
     assert vlm2rec.cosine(z.double(), e.double()).dtype == torch.float64
 
 def test_negative_mask_by_hand():
-    """Users 0 and 1 share target 4. User 2 bought 6 before, user 3's target; 3 buys 5 later on."""
+    """Users 0 and 1 share target 4. User 2 bought 6 before, user 3's target."""
     targets = torch.tensor([4, 4, 5, 6])
     earlier = [[1, 2], [3], [6, 1], []]
     assert vlm2rec.negative_mask(targets, earlier).int().tolist() == [
         [0, 0, 1, 1],  # target 4 again is no negative
         [0, 0, 1, 1],
         [1, 1, 0, 0],  # nor is 6, bought before
-        [1, 1, 1, 0]]  # but 5 is: training must not know what comes later
+        [1, 1, 1, 0]]  # but 5 is, which user 3 buys later: training must not know
 
 OFF_DIAGONAL = ~torch.eye(2, dtype=torch.bool)
 SIM, THREE, ONE = torch.rand(2, 2), torch.rand(3), torch.tensor(1.0)
@@ -313,10 +314,9 @@ def test_the_defaults_are_the_papers():
         assert vars(config) == expected and history is None
 
 def test_several_methods_and_seeds_are_runs_of_their_own():
-    flags = ["--method", "sft", "vlm2rec", "--seed", "3", "--seeds", "2"]
-    configs, _ = vlm2rec.parse_config(flags)
-    found = [(config.method, config.seed) for config in configs]
-    assert found == [("sft", 3), ("sft", 4), ("vlm2rec", 3), ("vlm2rec", 4)]
+    configs, _ = vlm2rec.parse_config("--method sft vlm2rec --seed 3 --seeds 2".split())
+    assert [(config.method, config.seed) for config in configs] == [
+        ("sft", 3), ("sft", 4), ("vlm2rec", 3), ("vlm2rec", 4)]
 
 # The protocol ------------------------------------------------------------------------------------
 
@@ -327,13 +327,14 @@ def by_hand(sequences, items):
     return data.Domain("hand", ids, ids, [], users, sequences, [], {}, [], [], "digest")
 
 def test_leave_one_out_on_a_user_with_five_items():
+    split = vlm2rec.leave_one_out
     sequence = [10, 11, 12, 13, 14]
-    assert vlm2rec.leave_one_out(sequence, "train") == ([10, 11], 12, [10, 11])
-    assert vlm2rec.leave_one_out(sequence, "valid") == ([10, 11, 12], 13, [10, 11, 12])
-    assert vlm2rec.leave_one_out(sequence, "test") == ([10, 11, 12, 13], 14, [10, 11, 12, 13])
+    assert split(sequence, "train") == ([10, 11], 12, [10, 11])
+    assert split(sequence, "valid") == ([10, 11, 12], 13, [10, 11, 12])
+    assert split(sequence, "test") == ([10, 11, 12, 13], 14, [10, 11, 12, 13])
     long = list(range(20))
-    assert vlm2rec.leave_one_out(long, "test") == (long[9:19], 19, long[:19])
-    assert vlm2rec.leave_one_out(long, "train", 3) == ([14, 15, 16], 17, long[:17])
+    assert split(long, "test") == (long[9:19], 19, long[:19])
+    assert split(long, "train", 3) == ([14, 15, 16], 17, long[:17])
 
 def test_negatives_are_distinct_new_to_the_user_and_depend_on_seed_split_and_user_alone():
     sequence = list(range(0, 60, 3))
@@ -357,7 +358,7 @@ def test_validation_scores_everybody_or_2000_fixed_by_the_seed():
     assert users(3000, 0) == some != users(3000, 1)
 
 class Walker(torch.nn.ParameterList):
-    """A model that goes one down in each step, and notes its batches."""
+    """A model that goes one down in each step."""
     def __init__(self, batch, epochs, patience=math.inf):
         super().__init__([torch.zeros(1)])
         self.groups = [{"params": self.parameters(), "lr": 1.0}]
@@ -380,9 +381,8 @@ def test_training_batches_by_hand(tmp_path):
     batches = batches_seen(domain, 2, 3, tmp_path, history=4)
     assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2, 2]  # the fifth user waits
     samples = [sample for batch in batches for sample in batch]
-    found = {tuple(earlier): (history, target) for history, target, earlier in samples}
-    assert found[tuple(range(10))] == ([6, 7, 8, 9], 10)  # the third to last; 11 and 12 are unseen
-    assert found[20, 21] == ([20, 21], 22)
+    assert ([6, 7, 8, 9], 10, list(range(10))) in samples  # 11 and 12 are unseen
+    assert ([20, 21], 22, [20, 21]) in samples
 
 def test_the_seed_decides_the_users_and_their_order(tmp_path):
     domain = by_hand([[user, 100, 101, 102, 103] for user in range(50)], items=104)
@@ -424,7 +424,6 @@ def test_hits_and_ndcg_by_hand():
     assert vlm2rec.hits_and_ndcg(torch.tensor([10.0, 10.5]))["H@10"] == 0.5
 
 def random_spaces(users):
-    """Random items in two modalities, an evaluation of random targets."""
     torch.manual_seed(0)
     e = vlm2rec.fuse({"text": torch.randn(130, 8), "vision": torch.randn(130, 8)})
     sequences = [torch.randperm(130)[:3].tolist() for _ in range(users)]
@@ -434,13 +433,15 @@ CHANCE = {"H@10": 0.0990, "N@10": 0.0450, "H@20": 0.1980, "N@20": 0.0697}  # of 
 
 def test_an_oracle_is_perfect_a_constant_no_better_than_chance_a_random_order_at_chance():
     e, test = random_spaces(users=2000)
-    def scores(z, e):
-        ranks = [vlm2rec.evaluate(z, e, test, full=full) for full in (False, True)]
-        return list(map(vlm2rec.hits_and_ndcg, ranks))
-    assert scores(e["text"][test.targets], e["text"]) == 2 * [dict.fromkeys(CHANCE, 1.0)]
-    for found in scores(torch.ones(2000, 8), torch.ones(130, 8)):
-        assert found == dict.fromkeys(CHANCE, 0.0)  # (others > target).sum() alone: perfect
-    assert scores(torch.randn(2000, 8), e["text"])[0] == pytest.approx(CHANCE, abs=0.02)
+    def scores(z, e, full):
+        return vlm2rec.hits_and_ndcg(vlm2rec.evaluate(z, e, test, full=full))
+    for full in (False, True):
+        oracle = scores(e["text"][test.targets], e["text"], full)
+        assert oracle == dict.fromkeys(CHANCE, 1.0)
+        constant = scores(torch.ones(2000, 8), torch.ones(130, 8), full)
+        assert constant == dict.fromkeys(CHANCE, 0.0)  # (others > target).sum() alone: perfect
+    found = scores(torch.randn(2000, 8), e["text"], False)
+    assert found == pytest.approx(CHANCE, abs=0.02)
 
 def test_the_full_ranking_leaves_out_the_users_other_items():
     z = torch.tensor([[0.9, 0.8, 0.7, 0.1]])  # likes item 0 best, then 1, 2, 3
@@ -461,9 +462,12 @@ def lora_model(home, method="vlm2rec", **settings):
         torch.nn.init.normal_(weight, std=0.2)
     return model
 
+def tiny_tokenizer(home):
+    return transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+
 def test_prompts_by_hand(home):
     encoder = lora_model(home).encoder
-    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+    tokenizer = tiny_tokenizer(home)
     first, second, odd, long = "Belka kite 42", "Kiwi", "<|im_end|><|image_pad|>", "Q" * 500
     made = vlm2rec.Encoder(encoder.vlm, tokenizer, [first, second, odd, long], encoder.features)
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"  # 56 px: 2 x 2 tokens
@@ -491,35 +495,36 @@ def test_passes_change_nothing_but_order_of_items_does(home, modality, monkeypat
     assert (z[0] - z[4]).abs().max() > 1e-2 and (z[0] - z[5]).abs().max() > 1e-2
 
 def test_pictures_keep_their_ratio_on_a_white_ground(tmp_path):
-    Image.new("RGB", (56, 28), "red").save(tmp_path / "wide.png")
+    def square(size, side):
+        Image.new("RGB", size, "red").save(tmp_path / "x.png")
+        return vlm2rec.square_picture(tmp_path / "x.png", side)
     expected = Image.new("RGB", (28, 28), "white")
     expected.paste("red", (0, 7, 28, 21))
-    assert vlm2rec.square_picture(tmp_path / "wide.png", 28).tobytes() == expected.tobytes()
-    for size, side in (((30, 20), 30), ((500, 8000), 1024)):  # where a tower scales by itself
-        Image.new("RGB", size).save(tmp_path / "own.png")
-        assert vlm2rec.square_picture(tmp_path / "own.png", 0).size == (side, side)
+    assert square((56, 28), 28).tobytes() == expected.tobytes()
+    assert square((30, 20), 0).size == (30, 30)  # a tower that scales by itself
+    assert square((500, 8000), 0).size == (1024, 1024)
 
 def test_a_step_is_four_forward_passes_of_one_modality_each(home):
     """Users 0 and 2 share a target, and user 0 had user 1's before: no negatives."""
     model = lora_model(home)
-    passes = []
-    def note(vlm, args, inputs):
-        passes.append(("mm_encoder_outputs" in inputs, *inputs["input_ids"].shape))
     batch = [([3, 8], 5, [9, 3, 8]), ([7], 9, [7]), ([4], 5, [4])]
     z = model.encoder.embed([[3, 8], [7], [4]], MODALITIES)
     e = model.encoder.embed([[5], [9], [5]], MODALITIES)
     mask = torch.tensor([[0, 0, 0], [1, 0, 1], [0, 1, 0]]).bool()
     sims = [vlm2rec.cosine(z[space], e[space]) for space in ("fused", *MODALITIES)]
     expected = vlm2rec.objective(*sims, mask, ONE, ONE)
+    passes = []
+    def note(vlm, args, inputs):
+        passes.append(("mm_encoder_outputs" in inputs, *inputs["input_ids"].shape))
     model.encoder.vlm.register_forward_pre_hook(note, with_kwargs=True)
     for name, value in model.terms(batch).items():
         assert value.item() == pytest.approx(expected[name].item(), abs=1e-4)
     assert model.encoder.vlm.training  # with dropout
     assert passes == [(False, 3, 8), (True, 3, 14), (False, 3, 4), (True, 3, 7)]  # has pictures
 
-def fit_batches(model, groups, batches):
+def fit_batches(model, batches):
     """The loss before each step."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.groups, weight_decay=0.0)
     losses = []
     for batch in batches:
         optimizer.zero_grad()
@@ -531,7 +536,7 @@ def fit_batches(model, groups, batches):
 def test_one_batch_can_be_overfitted_while_alpha_and_beta_keep_their_own_rate(home):
     model, _ = vlm2rec.make_model(open_small(home, lr=3e-3, lora_dropout=0.0, lam=0.1))
     batch = [([k, k + 1, k + 2], k + 20, [k, k + 1, k + 2]) for k in range(6)]
-    losses = fit_batches(model, model.groups, 40 * [batch])
+    losses = fit_batches(model, 40 * [batch])
     assert losses[0] > 1.5 and losses[-1] < 0.2
     assert all(1 - 40 * 1e-5 < value < 1 for value in model.penalty())
 
@@ -596,7 +601,7 @@ SHORT = [[3, 8, 5, 2, 11], [9, 1], [10, 0, 6, 4]]  # LLaVA-OneVision would tile 
 def family_encoder(family, folder, home):
     """Write a checkpoint of the family, with its head; build an encoder of twelve items on it."""
     made = FAMILIES[family]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(home / "domains" / "tiny-qwen2.5-vl")
+    tokenizer = tiny_tokenizer(home)
     if made.opening:
         tokenizer.bos_token = BOS
         mark = [(BOS, tokenizer.bos_token_id)]
@@ -702,7 +707,7 @@ def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_pa
         vocab_size=434, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2)).eval()
     own.save_pretrained(own_model)
-    flags = ["--domain", "few", "--model", own_model, "--out", tmp_path]
+    flags = ["--model", own_model, "--out", tmp_path]
     assert command(few, *flags, "--method", "text", "--lr", 1e-9, "--epochs", 1) == 0
     _, e = vectors_of(tmp_path / "few" / "text-seed0", "item")
     tokenizer = transformers.AutoTokenizer.from_pretrained(own_model)  # Qwen2's splits numbers
@@ -745,7 +750,8 @@ def test_moda_is_the_sum_over_its_experts_by_the_passs_modality(home):
             expected = expected + 2 * shares[k] * (x @ a.weight[ranks].T @ b[:, ranks].T)
         torch.testing.assert_close(layer(x), expected)
     gates = [weight for weight in model.lora if weight.shape == (2, 4)]
-    gradients = lambda state: torch.autograd.grad(state.square().sum(), gates)
+    def gradients(state):
+        return torch.autograd.grad(state.square().sum(), gates)
     model.encoder.vlm.train()
     alone = [gradients(model.encoder(HISTORIES, modality)) for modality in MODALITIES]
     states = [model.encoder(HISTORIES, modality) for modality in MODALITIES]
@@ -799,13 +805,12 @@ def test_fig_1b_compares_each_modalitys_own_gradient_with_the_losss(home):
 @pytest.mark.parametrize("vectors", [None, 3 * torch.eye(120)])
 def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(kind, vectors):
     domain = by_hand([[(7 * u + k) % 120 for k in range(5 + u % 7)] for u in range(120)], 120)
-    config = vlm2rec.Config(method=kind)
     torch.manual_seed(0)
-    model = vlm2rec.SequenceRecommender(config, domain, vectors)
+    model = vlm2rec.SequenceRecommender(vlm2rec.Config(method=kind), domain, vectors)
     assert vectors is None or torch.equal(model.table, torch.eye(120))  # of norm 1, trained
     samples = [vlm2rec.leave_one_out(sequence, "train") for sequence in domain.sequences]
-    groups = [{"params": model.parameters(), "lr": 5e-3}]
-    fit_batches(model, groups, 40 * [samples[::2], samples[1::2]])
+    model.groups[0]["lr"] = 5e-3
+    fit_batches(model, 40 * [samples[::2], samples[1::2]])
     test = vlm2rec.make_evaluation(domain, "test", 10, 0)
     assert vlm2rec.validate(model, test)["N@10"] > 0.9  # chance is .045
     states, _ = model(torch.tensor([[3, 3, 5], [3, 3, 9]]))
@@ -1311,16 +1316,15 @@ def test_a_file_appears_when_it_is_whole_with_the_usual_mode_if_any(tmp_path, mo
     data.write_tiny_model(tmp_path / "second")
     assert files_of(tmp_path / "second") == files_of(tmp_path / "tiny-qwen2.5-vl")
 
-def test_processes_that_miss_the_same_thing_write_it_once(tmp_path):
-    code = """made = pathlib.Path('made')
-def write():
-    open('written', 'a').write('x')
-    time.sleep(2)
-    made.touch()
-data.prepare(made, made, write)"""
-    processes = [python(code, tmp_path) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
-    assert (tmp_path / "written").read_text() == "x"
+def test_who_waited_for_a_process_that_made_the_same_thing_does_not_write_it_again(
+        tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def lock(path, wait):
+        assert path == tmp_path and wait
+        (tmp_path / "made").touch()  # by the other process
+        yield
+    monkeypatch.setattr(data, "lock", lock)
+    data.prepare(tmp_path / "made", tmp_path, Mock(side_effect=AssertionError("written again")))
 
 def test_what_is_there_needs_no_lock(tmp_path, monkeypatch):
     write_domain(tmp_path / "sample", pictures=False)
@@ -1612,7 +1616,7 @@ def write_few(folder):
     for k in range(130):
         Image.new("RGB", (40, 40), COLOUR(k)).save(folder / f"images/{k}.png")
 
-BRIEF = ["--domain", "few", "--epochs", 2, "--lr", 2e-3, "--history", 6, "--revision", "v2",
+BRIEF = ["--epochs", 2, "--lr", 2e-3, "--history", 6, "--revision", "v2",
          "--log-every", 1, "--save-every", 3]  # 8 steps, checkpoints at 3 and 6
 
 @pytest.fixture(scope="session")
@@ -1709,7 +1713,7 @@ def test_the_metrics_are_those_of_the_exported_files(method, seed, finished, few
     if method == "mean-pool":
         numpy.save(tmp_path / "v.npy", numpy.random.default_rng(0).normal(size=(131, 9)))
         flags = ["--method", method, "--seed", seed, "--history", 6, "--out", tmp_path]
-        assert command(few, "--domain", "few", *flags, "--embeddings", tmp_path / "v.npy") == 0
+        assert command(few, *flags, "--embeddings", tmp_path / "v.npy") == 0
         folder = next((tmp_path / "few").glob("mean-pool*-seed1"))
     item_ids, e = vectors_of(folder, "item")
     user_ids, z = vectors_of(folder, "user")
@@ -1759,8 +1763,8 @@ def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, 
     assert 'revision="v2"' in code[0] and "as --method vlm2rec on few" in card
     names = {"transformers": transformers, "peft": peft}
     exec("\n".join(code), names)
+    tokenizer = tiny_tokenizer(few)
     base = few / "domains" / "tiny-qwen2.5-vl"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
     processor = transformers.AutoImageProcessor.from_pretrained(base, backend="pil")
     picture = Image.open(few / "domains/few/images/77.png").resize((56, 56))
     pixels = processor(images=[picture], do_resize=False, return_tensors="pt")
@@ -1796,7 +1800,7 @@ def test_each_method_reads_and_learns_what_its_name_says_and_leaves_nothing_aliv
     newline = None
     monkeypatch.setattr(vlm2rec, "load_vlm", watched)
     gc.disable()  # what dies then dies by itself, or by what main does
-    code = command(few, "--domain", "few", "--method", method, "--epochs", 1, "--batch", 4,
+    code = command(few, "--method", method, "--epochs", 1, "--batch", 4,
                    "--train-users", 4, "--log-every", 1, "--out", tmp_path)
     kept = [reference() for reference in alive]
     gc.enable()
@@ -1894,7 +1898,7 @@ def process(*flags, kill=("os", "replace", 0)):
     child.join()
     return child.exitcode
 
-SASREC = ["--domain", "few", "--method", "sasrec", "--batch", 4, "--train-users", 4,
+SASREC = ["--method", "sasrec", "--batch", 4, "--train-users", 4,
           "--log-every", 1, "--save-every", 1]
 
 @pytest.mark.parametrize("flags, moments", [
@@ -1966,7 +1970,7 @@ def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys)
     told(capsys, command(copied, *BRIEF, "--recommend", "i1"), "its catalogue has changed since")
     with pytest.raises(data.InputError, match="its catalogue has changed since"):
         vlm2rec.recommend(open_small(copied, domain="few"), ["i1"])
-    pool = ["--domain", "few", "--method", "mean-pool", "--embeddings", copied / "v.npy"]
+    pool = ["--method", "mean-pool", "--embeddings", copied / "v.npy"]
     for width in (8, 9):
         numpy.save(copied / "v.npy", numpy.eye(131, width))
         code = command(copied, *pool)
@@ -2050,7 +2054,7 @@ def hub(few, tmp_path, monkeypatch):
     return move
 
 def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, monkeypatch, capsys):
-    flags = ["--domain", "few", "--model", "acme/tinyvl", "--out", tmp_path, "--image-size", 56,
+    flags = ["--model", "acme/tinyvl", "--out", tmp_path, "--image-size", 56,
              "--epochs", 1, "--batch", 2, "--train-users", 6, "--save-every", 1, "--log-every", 1]
     assert command(few, *flags) == 0
     assert metrics_of(tmp_path / "few" / "vlm2rec-seed0")["commit"] == "0" * 40
@@ -2209,7 +2213,7 @@ def test_popularity_and_each_row_of_the_metrics_by_hand(few, tmp_path):
 def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, capsys):
     """No flag of the training is given, not even the model."""
     def recommend(*history):
-        flags = ["--domain", "few", "--data-dir", few / "domains", "--out", few / "runs"]
+        flags = ["--data-dir", few / "domains", "--out", few / "runs"]
         return vlm2rec.main([*map(str, flags), "--recommend", *history])
     item_ids, e = vectors_of(finished, "item")
     _, z = vectors_of(finished, "user")
@@ -2310,7 +2314,7 @@ def test_what_is_wrong_by_itself_gets_one_line_before_anything_is_fetched(
     ("--train-users 34", "--train-users <= 33"), ("--out /dev/null", "/dev/null"),
     ("--model nobody/nothing", "--model nobody/nothing does not load")])
 def test_what_does_not_fit_the_domain_gets_one_line(flags, words, few, tmp_path, capsys):
-    told(capsys, command(few, "--domain", "few", "--out", tmp_path, *flags.split()), words)
+    told(capsys, command(few, "--out", tmp_path, *flags.split()), words)
     assert not list(tmp_path.rglob("table.md"))
 
 def test_all_runs_of_a_command_are_checked_before_the_first_is_trained(copied, monkeypatch, capsys):
