@@ -1062,7 +1062,6 @@ INPUTS = {  # words of a refusal or NOTE, or what is dropped; what is done to a 
     "file names of a Mac": ({}, name_a_file_as_a_mac_does),
     "pointer for items.csv": ("items.csv is only a pointer; .*git lfs pull", put, ITEMS, POINTER),
     "semicolons": ({}, separate, ";"),
-    "tabs": ({}, separate, "\t"),
     "spaces around each comma": ({}, separate, " , "),
     "a title of two lines": ({}, edit, ITEMS, "title 4", '"a, b\nc, d"'),
     "an old Mac": ({}, save_as_an_old_mac),
@@ -1420,7 +1419,7 @@ class ShopHandler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def shop(monkeypatch):
     server = Shop()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(data, "sleep", server.pauses.append)
     monkeypatch.setattr(data, "TIMEOUT", 0.5)
     yield server
@@ -2007,8 +2006,10 @@ def test_a_weight_that_is_not_finite_leaves_the_last_good_checkpoint(home, tmp_p
     monkeypatch.setattr(vlm2rec, "validate", lambda *_: {"N@10": 0.0})
     run = open_small(home, save_every=1)
     model = Walker(20, 2)
-    model.terms = lambda batch, terms=model.terms: {
-        "loss": terms(batch)["loss"] * (math.inf if len(model.seen) == 3 else 1)}  # in step 3
+    def terms(batch, own=model.terms):
+        loss = own(batch)["loss"]
+        return {"loss": loss * math.inf if len(model.seen) == 3 else loss}  # in step 3
+    model.terms = terms
     with pytest.raises(FloatingPointError, match="by step 3 a weight is not finite; lower --lr"):
         vlm2rec.train(model, run.domain, None, run.config, tmp_path)
     [weights, _, progress] = torch.load(tmp_path / "checkpoint.pt")
@@ -2029,7 +2030,7 @@ def hub(few, tmp_path, monkeypatch):
     move("0")
     return move
 
-def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, monkeypatch, capsys):
+def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys):
     flags = ["--model", "acme/tinyvl", "--out", tmp_path, "--image-size", 56,
              "--epochs", 1, "--batch", 2, "--train-users", 6, "--save-every", 1, "--log-every", 1]
     assert command(few, *flags) == 0
