@@ -2473,18 +2473,27 @@ def test_importing_has_no_effect(tmp_path, monkeypatch, capsys):
 README = Path(__file__).with_name("README.md").read_text("utf-8")
 
 def test_the_readmes_examples_run(finished, few, tmp_path, monkeypatch, capsys):
-    """Its catalogue is a domain; its lines rank the catalogue for a new history."""
-    adapter, shop = re.findall(r"```python\n(.*?)```", README, re.S)
+    """The loss pasted, a ranking for a new history, any model's title vectors as items."""
+    loss, ranking, vectors = re.findall(r"```python\n(.*?)```", README, re.S)
+    pasted = dict(vars(vlm2rec))
+    exec(loss, pasted)
+    assert 0.5 < pasted["loss"].item() < 20
+    config = {"domain": "few", "data_dir": str(few / "domains"), "out": str(few / "runs")}
+    ranking = ranking.replace('domain="sample"', "**config").replace('"0000"', '"i5"')
+    exec(ranking.replace('"0302", "0405"', '"i17", "i42"'), {"config": config})
+    ids = [line.split()[0] for line in capsys.readouterr().out.splitlines()[-5:]]
+    run = open_small(few, domain="few")
+    assert len(set(ids)) == 5 and set(ids) < set(run.domain.item_ids) - {"i5", "i17", "i42"}
     monkeypatch.chdir(tmp_path)
-    exec(shop, {})
-    assert len(data.read_domain("my-shop").user_ids) == 300
-    paths = {"domain": "few", "data_dir": str(few / "domains"), "out": str(few / "runs"),
-             "model": "tiny", "history": 6, "adapter": str(finished / "adapter")}
-    adapter = adapter.replace('adapter="runs/sample/vlm2rec-seed0/adapter"', "**paths")
-    exec(adapter.replace("runs/sample/vlm2rec-seed0", str(finished)), {"paths": paths})
-    titles = vlm2rec.open_run(vlm2rec.Config(**paths)).domain.titles
-    best = capsys.readouterr().out.splitlines()[-5:]
-    assert len(set(best)) == 5 and set(best) < set(titles) - {titles[item] for item in (5, 17, 42)}
+    tiny = str(few / "domains" / "tiny-qwen2.5-vl")
+    exec(vectors.replace("sentence-transformers/all-MiniLM-L6-v2", tiny).replace(
+        "my-shop", str(run.source)), {})
+    found = vlm2rec.read_vectors("titles.safetensors", run.domain, run.source)
+    tokens = transformers.AutoTokenizer.from_pretrained(tiny)(run.domain.titles[77])
+    model = transformers.AutoModel.from_pretrained(tiny)
+    with torch.no_grad():
+        states = model(torch.tensor([tokens.input_ids])).last_hidden_state[0]
+    torch.testing.assert_close(found[77], states.mean(dim=0), atol=1e-5, rtol=0)
 
 def test_the_readme_names_what_there_is():
     tests = set(re.findall(r"`(test_\w+_\w+_\w+)`", README))
