@@ -100,7 +100,8 @@ def read_csv(path: Path, columns: tuple):
             if row and len(row) != len(header):
                 raise csv.Error(f"{len(row)} fields where the header has {len(header)}")
             if rows.line_num > line and holds_rows(row, sign):
-                raise csv.Error("a quote opens here and closes in a later row; write it twice")
+                raise csv.Error("a quote opens here and closes in a later row; write it twice, or "
+                                "take the line breaks out")
             if row:
                 yield f"{path}, line {line}", *(row[place].strip() for place in places)
             line = rows.line_num + 1
@@ -162,7 +163,7 @@ def read_interactions(folder, items):
         user = read_id(user, where)
         item = read_id(item, where)
         is_date, when = parse_time(timestamp)
-        if re.fullmatch(r"-?\d([.,]\d{0,6})?[eE]\+?(0?[89]|[1-9]\d)", timestamp):
+        if re.fullmatch(r"-?\d([.,]\d{0,6})?E\+?(0?[89]|[1-9]\d)", timestamp):  # e is Python's
             raise InputError(f"{where}: time {timestamp!r} was rounded by a spreadsheet; mend it")
         if not math.isfinite(when):
             raise InputError(f"{where}: timestamp {timestamp!r} is no number and no ISO 8601 date")
@@ -600,7 +601,7 @@ def fetch(address, file, small=False):
             if error.code == 416 and start:  # nothing comes after what we have
                 return ""
             reason = f"HTTP {error.code}"
-            if error.code in (404, 410):
+            if error.code in (400, 404, 410):
                 return reason
             if error.code < 500 and error.code != 429:
                 break
@@ -689,7 +690,7 @@ def fetch_pictures(addresses, folder):
         silent += reason.startswith("no answer")
         if silent > max(5, len(addresses) / 100) or failed > max(25, len(addresses) / 2):
             raise InputError(f"{failed} of {len(addresses)} pictures failed ({reason}); "
-                             "check the network, run again: it goes on from here")
+                             "check the network, run again: it goes on from here; or --mirror")
     return reasons
 
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:

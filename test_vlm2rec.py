@@ -858,7 +858,7 @@ def test_item_vectors_of_any_type_and_order_are_read_and_what_does_not_fit_is_re
     named([f"not {item}" for item in ids], x, wrong / "lost.safetensors")
     numpy.savez(wrong / "x.npz", x=x)
     torch.save(x, wrong / "x.pt")
-    words = {"nan.npy": "row 5 holds nan", "inf.npy": "row 5 holds inf",
+    words = {"nan.npy": "row 5, item '0005', holds nan", "inf.npy": "row 5, item '0005', holds inf",
              "objects.npy": ".*allow_pickle=False"}  # a pickle may hold any code
     for path in wrong.iterdir():
         match = f"^--embeddings {path} does not fit: {words.get(path.name, '.+')}"
@@ -1043,6 +1043,7 @@ INPUTS = {  # words of a refusal or NOTE, or what is dropped; what is done to a 
     "rounded, of another country": ("line 2: time '1,7E.9' was rounded", set_times, "1,7E+9"),
     "times of numpy": ({}, set_times, f"{DAY:.18e}", f"{DAY + 1:.18e}"),
     "times of R": ({}, set_times, "99999", "1e+05", "100001"),
+    "nanoseconds as floats": ({}, set_times, "1.71072e+18", "1.7e+18"),
     "unknown times are 0": ({}, set_times, "0", "-3600", "32400", "45000", "-1", DAY),
     "days, then seconds": (f"has {DAY}, but .*has 19844: .*two units", set_times, 19800, 19844,
                            DAY),
@@ -1930,6 +1931,45 @@ def test_a_finished_run_is_shown_wherever_it_was_written(copied, monkeypatch, ca
     assert f"{folder} is finished since " in printed and "| test, runs in " in printed
     assert command(copied, *BRIEF, "--recommend", "i1") == 0
     assert files_of(copied) == before
+
+def test_a_run_of_an_earlier_version_is_shown_compared_and_asked(copied, capsys):
+    """Its files lack what is written today; and its adapter may be read by a colleague."""
+    folder = copied / "runs" / "few" / "vlm2rec-seed0"
+    for name, change in (("config.json", {"train_users": 0}), ("metrics.json", {})):
+        old = json.loads((folder / name).read_text()) | change
+        for key in {"alpha", "paths", "code", "users"} & set(old):
+            del old[key]
+        (folder / name).write_text(json.dumps(old))
+    assert command(copied, *BRIEF) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert command(copied, *BRIEF, "--recommend", "i1") == 0
+    modes = {path.stat().st_mode for path in (folder / "adapter").iterdir()}
+    assert len(modes) == 1
+    told(capsys, command(copied, *BRIEF, "--method", "vlm2rec", "sft", "--recommend", "i1"),
+         "sft-seed0 holds no finished run")
+
+def test_a_finished_run_outlives_its_models_folder(few, tmp_path, capsys):
+    shutil.copytree(few / "domains" / "tiny-qwen2.5-vl", tmp_path / "m")
+    model = ["--model", tmp_path / "m", "--image-size", 56]
+    flags = [*model, "--method", "vanilla", "--out", tmp_path]
+    assert command(few, *flags) == 0
+    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    assert command(few, *flags) == 0
+    assert "vanilla-seed0 is finished since" in capsys.readouterr().out
+
+def test_of_a_damaged_log_the_whole_lines_up_to_the_step_stay(tmp_path):
+    lines = ['{"step": 1}', "\0\0}", '{"lr": 7}', '{"step": 2}', '{"step": 3}', '{"st']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    vlm2rec.trim_log(tmp_path, 2)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+def test_a_new_history_beyond_the_context_is_refused(home, monkeypatch):
+    encoder = lora_model(home).encoder
+    context = encoder.vlm.config.get_text_config()
+    monkeypatch.setattr(context, "max_position_embeddings", 34)
+    encoder.embed([4 * [7]], ["vision"])  # 4 times 4 + 2 tokens, 3 newlines, the end: 28
+    with pytest.raises(data.InputError, match="has 35 tokens, the model holds 34: .*--history"):
+        encoder.embed([5 * [7]], ["vision"])
 
 def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys):
     folder = copied / "runs/few/vlm2rec-seed0"

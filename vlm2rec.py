@@ -231,6 +231,7 @@ class Encoder:
         parts = {}
         for modality in modalities:
             lengths = [len(self.prompt(history, modality)) for history in histories]
+            check_context(self.vlm, max(lengths))
             passes = passes_by_length(lengths, PASS_TOKENS[self.device.type])
             states = [self([histories[row] for row in rows], modality)
                       for rows in bar(passes, f"embed {modality}")]
@@ -468,9 +469,7 @@ def validate(model, valid, batch=None):
     z, e = model.embed(valid.histories)
     scores = hits_and_ndcg(evaluate(z["fused"], e["fused"], valid, model.score))
     if set(BOTH) <= set(z):
-        scores |= queries(z, e, valid)
-        if batch:
-            scores |= gradient_cosines(model, batch)
+        scores |= queries(z, e, valid) | gradient_cosines(model, batch)
     print("validation:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
     return scores
 
@@ -559,7 +558,10 @@ def queries(z, e, test):
 
 def gradient_cosines(model, batch):
     """Fig. 1b: the cosine of the gradient of each modality's own InfoNCE with that of the method's
-    loss, over LoRA's weights, on one batch."""
+    loss, over LoRA's weights, on a batch, if there is one."""
+    if not batch:
+        return {}
+
     def gradient(loss):
         return torch.cat([part.flatten() for part in torch.autograd.grad(loss, [*model.lora])])
 
@@ -720,6 +722,12 @@ def build_encoder(run):
         weight.data = weight.data.new_empty(0)  # the tower is not needed again: frees its memory
     return encoder
 
+def check_context(vlm, length):
+    context = vlm.config.get_text_config().max_position_embeddings
+    if length > context:
+        raise InputError(f"a prompt has {length} tokens, the model holds {context}: shorten "
+                         "--history, or --image-size")
+
 def check_prompts(encoder, tokenizer, run):
     """Say what a picture and a long title take. InputError if the tokenizer lacks what a prompt
     needs, or a prompt exceeds the context."""
@@ -736,13 +744,10 @@ def check_prompts(encoder, tokenizer, run):
     if most >= rows:
         raise InputError(f"--model {run.config.model} has {rows} tokens, its tokenizer gives "
                          f"number {most}: they do not belong together")
-    context = vlm.config.get_text_config().max_position_embeddings
     for split, sequence in itertools.product(("train", "valid", "test"), run.domain.sequences):
         history, _, _ = leave_one_out(sequence, split, run.config.history)
-        length = max(len(encoder.prompt(history, modality)) for modality in run.method.modalities)
-        if length > context:
-            raise InputError(f"a prompt has {length} tokens, the model holds {context}: "
-                             "shorten --history, or --image-size")
+        for modality in run.method.modalities:
+            check_context(vlm, len(encoder.prompt(history, modality)))
     cut = [tuple(ids) for ids in encoder.titles if len(ids) == TITLE_TOKENS]
     scaled = hasattr(vlm.config, "vision_config") and not token_side(vlm.config)
     print(f"a picture takes {encoder.features.shape[2]} tokens"
@@ -898,8 +903,10 @@ def check_folder(run):
     folder = run.folder
     finished = (folder / "table.md").exists()
     if finished or (folder / "checkpoint.pt").exists():
-        before = read_json(folder / "config.json")
-        other = differences(before, run.settings)
+        before = read_settings(folder)
+        path = before["paths"]["model"]
+        gone = path == run.config.model and before["model"] != path and not os.path.exists(path)
+        other = differences(before, run.settings, ["model"] if finished and gone else [])
         if other:
             raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
         code = differences(before.get("code", {}), run.settings["code"])
@@ -912,6 +919,13 @@ def read_json(path):
     with readable(f"{path} is missing or damaged"):
         return dict(json.loads(path.read_text("utf-8")))
 
+def read_settings(folder):
+    """A run's config.json; what an earlier version did not write is as it was then."""
+    settings = {"alpha": 1.0, **read_json(folder / "config.json")}
+    settings["train_users"] = settings.get("train_users") or None
+    settings.setdefault("paths", {"model": settings.get("model")})
+    return settings
+
 def save_tensors(path, tensors, metadata=None):
     with data.whole_file(path) as partial, readable(f"{path} cannot be written"):
         save_file(tensors, partial, metadata)
@@ -923,9 +937,11 @@ def commit_of(model):
 def trim_log(folder, step):
     """Leave in log.jsonl the lines up to a step: what follows it is done again."""
     path = folder / "log.jsonl"
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("}\n")]
-    kept = [line for line in whole if json.loads(line).get("step", math.inf) <= step]
+    kept = []
+    for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # a power cut's
+            if json.loads(line)["step"] <= step:
+                kept.append(line.rstrip() + "\n")
     data.write_text(path, "".join(kept))
 
 def log_step(folder, step, left, terms, seconds, scores={}):
@@ -979,6 +995,9 @@ def save_adapter(run, lora):
     folder = run.folder / "adapter"
     with readable(f"{folder}/adapter_model.safetensors cannot be written"):
         lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
+    with contextlib.suppress(OSError):  # safetensors makes it 0600
+        mode = (folder / "adapter_config.json").stat().st_mode
+        (folder / "adapter_model.safetensors").chmod(mode)
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
@@ -1132,10 +1151,11 @@ def read_finished(folder):
     scores = read_json(folder / "metrics.json")
     rows = data.read_csv(folder / "ranks.csv", ("user_id", "rank"))
     ranks = [float(rank) for _, user, rank in sorted(rows, key=lambda row: row[1])]
-    if len(ranks) != scores["users"]:
-        raise InputError(f"{folder}/ranks.csv has {len(ranks)} of {scores['users']} users")
+    users = scores.get("users", len(ranks))
+    if len(ranks) != users:
+        raise InputError(f"{folder}/ranks.csv has {len(ranks)} of {users} users")
     test = scores.get("queries", {"N@10": {}})["N@10"] | scores["test"]
-    return Finished(read_json(folder / "config.json"), test, gains(torch.tensor(ranks)))
+    return Finished(read_settings(folder), test, gains(torch.tensor(ranks)))
 
 def against(ours, theirs):
     """Ours above theirs, {seed: Finished}, in N@10: over three or more shared seeds, or over the
@@ -1228,12 +1248,14 @@ def read_vectors(path, domain, source):
                 vectors = file.get_tensor("fused" if len(names) > 1 else names[0])
                 ids = json.loads((file.metadata() or {}).get("item_ids", json.dumps(ids)))
         row = {str(item): number for number, item in enumerate(ids)}
-        wrong = (~torch.as_tensor(vectors).isfinite()).nonzero()
-        if len(wrong):
-            raise ValueError(f"row {wrong[0, 0]} holds {vectors[tuple(wrong[0])]}")
         if vectors.ndim != 2 or not len(vectors) == len(ids) == len(row):
             raise ValueError(f"shape {tuple(vectors.shape)} for {len(row)} different item ids")
-        return vectors[[row[item] for item in domain.item_ids]].float()
+        vectors = vectors[[row[item] for item in domain.item_ids]].float()
+        wrong = (~vectors.isfinite()).nonzero()
+        if len(wrong):
+            item = domain.item_ids[wrong[0, 0]]
+            raise ValueError(f"row {row[item]}, item {item!r}, holds {vectors[tuple(wrong[0])]}")
+        return vectors
 
 class MeanPool(NamedTuple):
     """A history is the mean of its items' vectors (N, V)."""
@@ -1358,7 +1380,7 @@ def draw_users(run, test, z, e, score):
 def recommend(run, history, k=10):
     """The k best items for a history of item ids, oldest first, by a finished run of an encoder:
     [(item id, title, score)]. Its settings are read from its folder. Raises InputError."""
-    before = read_json(run.folder / "config.json")
+    before = read_settings(run.folder)
     ids = run.domain.item_ids
     unknown = [item for item in history if item not in ids]
     adapter = run.folder / "adapter"
@@ -1423,7 +1445,7 @@ def show_recommendations(config, history):
     run = open_run(config)
     best = recommend(run, history)
     titles = dict(zip(run.domain.item_ids, run.domain.titles))
-    print("after " + ", ".join(f"{item} {titles[item][:40]}" for item in history))
+    print(f"{folder}, after " + ", ".join(f"{item} {titles[item][:40]}" for item in history))
     for rank, (item, title, score) in enumerate(best, 1):
         print(f"{rank:2}  {score:.4f}  {item}  {title[:70]}")
 
@@ -1455,7 +1477,8 @@ def main(argv=None):
         if history is None:
             run_all(configs)
         else:
-            show_recommendations(configs[0], history)
+            for config in configs:
+                show_recommendations(config, history)
         return 0
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
