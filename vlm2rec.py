@@ -723,6 +723,7 @@ def build_encoder(run):
     return encoder
 
 def check_context(vlm, length):
+    """InputError if a prompt of so many tokens exceeds what the model holds."""
     context = vlm.config.get_text_config().max_position_embeddings
     if length > context:
         raise InputError(f"a prompt has {length} tokens, the model holds {context}: shorten "
