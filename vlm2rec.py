@@ -900,7 +900,7 @@ def differences(before, now, aside=()):
     return ", ".join(words.get(name, name) + f" {before.get(name)}" for name in names)
 
 def check_folder(run):
-    """InputError if a run's folder holds another run; a line if other code made what is there."""
+    """InputError if a run's folder holds another run; a note, or "", if other code made it."""
     folder = run.folder
     finished = (folder / "table.md").exists()
     if finished or (folder / "checkpoint.pt").exists():
@@ -914,7 +914,8 @@ def check_folder(run):
         if code and "transformers" in code and not finished:
             raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
         if code:
-            print(f"note: {folder} was made with other code: {code}")
+            return f"note: {folder} was made with other code: {code}\n"
+    return ""
 
 def read_json(path):
     with readable(f"{path} is missing or damaged"):
@@ -1118,7 +1119,7 @@ def table(title, rows):
 
 def execute(run):
     """Begin, go on, or show what is finished; InputError if the folder holds another run."""
-    check_folder(run)
+    print(check_folder(run), end="")
     folder = run.folder
     tables = folder / "table.md"
     shared = folder.parent / "table.md"
@@ -1179,7 +1180,7 @@ def comparison(folder, settings):
             run = read_finished(path.parent)
             seed = run.settings["seed"]
             other = differences(run.settings, settings, ("method", "seed", "adapter", "embeddings"))
-            name = path.parent.name.removesuffix(f"-seed{seed}") + (f" ({other})" if other else "")
+            name = path.parent.name.removesuffix(f"-seed{seed}")
             groups.setdefault((other, name), {})[seed] = run
         except (InputError, KeyError, ValueError) as error:
             lost += f"left out, as it is damaged: {path.parent} ({error})\n"
@@ -1190,8 +1191,8 @@ def comparison(folder, settings):
             values = torch.tensor([run.test.get(column, math.nan) for run in runs.values()])
             spread = f" ± {values.std():.4f}" if len(runs) > 1 else ""
             row[column] = "-" if values.isnan().any() else f"{values.mean():.4f}{spread}"
-        ours = groups.get((other, "vlm2rec" + (f" ({other})" if other else "")), {})
-        rows[name] = row | {"vlm2rec above it, N@10": against(ours, runs)}
+        row["vlm2rec above it, N@10"] = against(groups.get((other, "vlm2rec"), {}), runs)
+        rows[f"{name} ({other})" if other else name] = row
     text = "t2t, v2v: what titles, pictures rank by themselves, N@10; ±: over the seeds\n"
     return table(f"test, runs in {folder}", rows) + "\n" + text + lost
 
