@@ -2028,7 +2028,7 @@ def test_what_is_given_is_known_by_its_content_wherever_it_lies(name, path, copi
     ("config.json", b"{", [], "config.json is missing or damaged"),
     ("config.json", b"{", ["--recommend", "i1"], "config.json is missing or damaged"),
     ("checkpoint.pt", b"PK, half of it", [],
-     "checkpoint.pt cannot be gone on with; remove it to begin anew"),
+     "checkpoint.pt cannot be resumed from; remove it to begin anew"),
     ("items.safetensors", b"half", ["--recommend", "i1"], "is missing or damaged"),
     ("adapter", None, ["--recommend", "i1"], "vlm2rec-seed0/adapter is missing"),
     ("../features-*", b"half", ["--method", "vanilla"], "is damaged; remove it")])

@@ -66,7 +66,7 @@ from data import Domain, InputError
 PAPERS_MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
 TITLE_TOKENS = 64  # a longer title is cut; the paper does not say
 VALIDATION_USERS = 2000  # at most so many are scored after each epoch; the paper does not say
-PASS_TOKENS = {"cpu": 2048, "cuda": 8192}  # at most, with padding, in a pass while embedding
+PASS_TOKENS = {"cpu": 1024, "cuda": 8192}  # at most, with padding, in a pass while embedding
 bar = functools.partial(tqdm, leave=False, disable=None)  # none where stderr is a file
 
 # ---- Settings (Section 5.1.1) ----
@@ -975,7 +975,7 @@ def load_checkpoint(folder, model, optimizer):
     path = folder / "checkpoint.pt"
     if not path.exists():
         return {}
-    with readable(f"{path} cannot be gone on with; remove it to begin anew"):
+    with readable(f"{path} cannot be resumed from; remove it to begin anew"):
         weights, moments, progress = torch.load(path, weights_only=True, map_location="cpu")
         if progress["commit"] != commit_of(model):
             raise ValueError(f"--model has changed since, its commit was {progress['commit']}")
