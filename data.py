@@ -27,7 +27,7 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from time import monotonic, sleep
 from unicodedata import normalize
 
@@ -73,7 +73,7 @@ def read_file(path: Path) -> bytes | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # a picture's bytes, not its path
             return None
-        raise InputError(f"{str(path)[:200]} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if content.startswith((b"version https://git-lfs", b"/annex/objects/")):
         raise InputError(f"{path} is only a pointer; run: git lfs pull, or git annex get")
     return content
@@ -84,13 +84,13 @@ def read_csv(path: Path, columns: tuple):
     content = read_file(path)
     if content is None:
         raise InputError(f"{path} is missing or not a regular file; {needs}")
-    head = re.match(rb"[^\r\n]*", content)[0].decode("latin-1")  # an old Mac's lines end with CR
-    sign = max(",;\t", key=head.count)
+    file = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
     csv.field_size_limit(2**31 - 1)
-    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
-    rows = csv.reader(lines, delimiter=sign, skipinitialspace=True, strict=True)
     line = 1  # where the row begins
     try:
+        sign = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=sign, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(rows, [])]
         if any(header.count(name) != 1 for name in columns):
             raise csv.Error(f"the header is {','.join(header)[:200]!r}")
@@ -124,7 +124,7 @@ def read_items(folder: Path) -> dict:
         item = read_id(item, where)
         if item in items:
             raise InputError(f"{where}: item_id {item!r} is there twice; drop a row")
-        if Path(image).is_absolute() or ".." in re.split(r"[/\\]", image):
+        if Path(image).is_absolute() or ".." in PureWindowsPath(image).parts:
             raise InputError(f"{where}: {image[:200]!r} has a root or .. in it; copy it into "
                              f"{folder}, and write its path from there")
         if not os.path.exists(folder / image):
@@ -137,7 +137,7 @@ def find_file(folder, image, listings):
     def fold(name):
         return normalize("NFC", name).casefold()
     path = folder
-    for part in PurePosixPath(image.replace("\\", "/")).parts:
+    for part in PureWindowsPath(image).parts:
         if path not in listings:
             names = sorted(os.listdir(path)) if os.path.isdir(path) else []
             listings[path] = {fold(name): name for name in names}
@@ -524,8 +524,8 @@ def write_tiny_model(folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
-    names = ["endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
-    marks = [f"<|{name}|>" for name in names]
+    marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+             "<|video_pad|>"]
     words = BRANDS + [f"\u0120{word}" for word in [*NOUNS, *range(100)]]  # \u0120: a space's byte
     merges = {(word[:k], word[k]): word[:k + 1]  # letter by letter
               for word in words for k in range(1, len(word))}
@@ -577,28 +577,22 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 def fetch(address, file, small=False):
     """Append to `file` what it lacks of what lies at `address`; what is small is begun anew after
     a failure and has limits. Returns "", or why it failed, "no answer" where time may help."""
+    most = MAX_BYTES if small else math.inf
     end = monotonic() + (MAX_SECONDS if small else math.inf)
     wait = 0
-    for pause in (0, 1, 2, 4):
-        sleep(max(pause, wait))
+    for pause in (1, 2, 4, 0):
+        sleep(wait)
         if monotonic() > end:
             break
+        wait = pause
         if small:  # the rest may be of another picture
             file.seek(0)
             file.truncate()
-        start = file.tell()
-        headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
-        wait = 0
         try:
-            request = urllib.request.Request(address, headers=headers)
-            opener = urllib.request.build_opener(SameHost)
-            with opener.open(request, timeout=TIMEOUT) as response:
-                if response.status != 206:  # it does not send only what we lack
-                    response.read(start)
-                receive(response, file, MAX_BYTES if small else math.inf, end)
+            receive(address, file, most, end)
             return ""
         except urllib.error.HTTPError as error:
-            if error.code == 416 and start:  # nothing comes after what we have
+            if error.code == 416 and file.tell():  # nothing comes after what we have
                 return ""
             reason = f"HTTP {error.code}"
             if error.code in (400, 404, 410):
@@ -606,30 +600,38 @@ def fetch(address, file, small=False):
             if error.code < 500 and error.code != 429:
                 break
             after = error.headers.get("Retry-After", "")
-            wait = min(int(after), 30) if after.isdecimal() else 0
+            if after.isdecimal():
+                wait = max(pause, min(int(after), 30))
         except ValueError as error:  # too large, or no address
             return str(error)
         except Exception as error:  # a network's failures have many names
             reason = f"{type(error).__name__} {error}"
     return f"no answer: {reason}"
 
-def receive(response, file, most, end):
-    """Append what a response holds to `file`; raise if it is cut off or beyond a limit."""
-    missing = getattr(response, "length", 0) or 0  # it need not say
-    for chunk in iter(lambda: response.read1(1 << 16), b""):
-        file.write(chunk)
-        missing -= len(chunk)
-        if file.tell() > most:
-            raise ValueError(f"over {most:,} bytes")
-        if monotonic() > end:
-            raise TimeoutError("too slow")
+def receive(address, file, most, end):
+    """Ask once, for what comes after what `file` has; raise if it is cut off or beyond a limit."""
+    start = file.tell()
+    request = urllib.request.Request(address, headers={"User-Agent": "vlm2rec"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    with urllib.request.build_opener(SameHost).open(request, timeout=TIMEOUT) as response:
+        if response.status != 206:  # it sends all
+            response.read(start)
+        missing = getattr(response, "length", 0) or 0  # it need not say
+        for chunk in iter(lambda: response.read1(1 << 16), b""):
+            file.write(chunk)
+            missing -= len(chunk)
+            if file.tell() > most:
+                raise ValueError(f"over {most:,} bytes")
+            if monotonic() > end:
+                raise TimeoutError("too slow")
     if missing > 0:
         raise ConnectionError("cut off")
 
-def read_archive(path, base, parse):
+def read_archive(path, mirror, parse):
     """Yield parse(line) for each line of a gzipped file, which is fetched unless it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    address = f"{base}/{path.name}"
+    address = f"{mirror or ARCHIVES}/{path.name}"
     if not path.exists():
         print(f"fetching {address}", flush=True)
         part = path.with_name(f"{path.name}.part")  # goes on where an earlier run left it
@@ -672,15 +674,15 @@ def fetch_pictures(addresses, folder):
         path = folder / f"{item}.jpg"
         if path.exists() and not flaw(path.read_bytes(), path):  # a power cut leaves empty files
             return ""
-        content = io.BytesIO()
-        reason = fetch(addresses[item], content, small=True)
+        file = io.BytesIO()
+        reason = fetch(addresses[item], file, small=True)
         if reason:
             return reason
-        reason = flaw(content.getvalue(), path)
+        reason = flaw(file.getvalue(), path)
         if reason:  # such as a page that asks whether we are human
             return reason if reason.endswith(UNFIT) else f"no answer: no picture, {reason}"
         with whole_file(path) as partial:
-            partial.write_bytes(content.getvalue())
+            partial.write_bytes(file.getvalue())
         return ""
     reasons = {}
     silent = failed = 0
@@ -696,30 +698,30 @@ def fetch_pictures(addresses, folder):
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Write the 5-core of what has a title and a picture; a run that was killed is gone on with."""
     category, *published = AMAZON[domain]
-    base = mirror.rstrip("/") or ARCHIVES
-    paths = [archives / f"reviews_{category}_5.json.gz", archives / f"meta_{category}.json.gz"]
-    reviews = list(read_archive(paths[0], base, read_review))
+    mirror = mirror.rstrip("/")
+    metadata = archives / f"meta_{category}.json.gz"
+    reviews = list(read_archive(archives / f"reviews_{category}_5.json.gz", mirror, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for item, title, address in read_archive(paths[1], base, read_metadata):
+    for item, title, address in read_archive(metadata, mirror, read_metadata):
         if item in about:
             about[item] = (title, address)
     if not any(title and address for title, address in about.values()):
-        raise InputError(f"{paths[1]} tells no reviewed item's title and picture; {LOOKS}")
+        raise InputError(f"{metadata} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
+    paths = {}  # of pictures, on any host
     for item, (title, address) in sorted(about.items()):
-        known = re.match(r"https?://[^/]*amazon.com/(?!.*no-img)", address)
-        usable = title and known and item.isalnum()  # the id becomes a file's name
-        reasons[item] = "" if usable else "no title, no picture or an odd id"
-    shown = core([row for row in reviews if not reasons[row[1]]])
-    addresses = {}
-    for item in sorted({item for _, item, _ in shown}):
-        path = re.sub("^https?://[^/]*|[?#].*", "", about[item][1])
-        addresses[item] = (mirror.rstrip("/") or PICTURES) + urllib.parse.quote(path, safe="/%+,")
+        known = re.match("https?://[^/]*amazon.com(?!.*no-img)(/[^?#]*)", address)
+        if title and known and item.isalnum():  # the id becomes a file's name
+            paths[item] = urllib.parse.quote(known[1], safe="/%+,")
+        reasons[item] = "" if item in paths else "no title, no picture or an odd id"
+    shown = core([row for row in reviews if row[1] in paths])
+    needed = sorted({item for _, item, _ in shown})
+    addresses = {item: (mirror or PICTURES) + paths[item] for item in needed}
     reasons |= fetch_pictures(addresses, folder / "images")
     final = core([row for row in shown if not reasons[row[1]]])
+    left = sorted({item for _, item, _ in final})
+    items = [[item, about[item][0], f"images/{item}.jpg"] for item in left]
     lost = [[item, reason, about[item][1]] for item, reason in reasons.items() if reason]
-    items = [[item, about[item][0], f"images/{item}.jpg"]
-             for item in sorted({item for _, item, _ in final})]
     users = len({user for user, _, _ in reviews})
     print(f"{domain}: {users:,} users, {len(about):,} items, {len(reviews):,} events, published "
           f"{published}; {len(lost)} items lost")
