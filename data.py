@@ -7,14 +7,12 @@
 import argparse
 import ast
 import colorsys
-import contextlib
 import csv
 import errno
 import gzip
 import hashlib
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -24,8 +22,10 @@ import sys
 import urllib.request
 import warnings
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from itertools import groupby, pairwise, product
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PureWindowsPath
 from time import monotonic, sleep
@@ -39,8 +39,8 @@ from tqdm import tqdm
 CORE = 5                 # the least interactions of a user and of an item (Section 5.1.1)
 NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
-MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
-UNFIT = "too large, small, thin or deep"  # says load_picture of what it could decode
+MAX_RATIO = 20           # nor one so many times longer than wide: it would vanish
+UNFIT = "too large, small, thin or deep"  # what could be decoded, but is not shown
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
 ITEMS = ("item_id", "title", "image")
 EVENTS = ("user_id", "item_id", "timestamp")
@@ -65,7 +65,7 @@ class Domain:
     digest: str                 # of what is kept and of the bytes of the pictures
 
 def read_file(path: Path) -> bytes | None:
-    """The bytes of a regular file, None if there is none."""
+    """The bytes of a regular file, if there is one."""
     try:
         if not path.is_file():  # a FIFO would be waited for
             return None
@@ -80,7 +80,7 @@ def read_file(path: Path) -> bytes | None:
 
 def read_csv(path: Path, columns: tuple):
     """Yield ("path, line n", values of `columns`...) per row; semicolons or tabs may divide."""
-    needs = f"it needs {','.join(columns)}, and double quotes around a field with a comma in it"
+    needs = f"it needs {','.join(columns)}, and double quotes around a field with a comma"
     content = read_file(path)
     if content is None:
         raise InputError(f"{path} is missing or not a regular file; {needs}")
@@ -152,13 +152,14 @@ def read_id(text, where):
     return sys.intern(normalize("NFC", text))  # one string, however many rows have it
 
 def read_interactions(folder, items):
-    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first, and the number
-    of rows of each item that items.csv lacks."""
+    """interactions.csv as (user_id, item_id, time), by user, oldest first, and {item_id that
+    items.csv lacks: rows}."""
     path = folder / "interactions.csv"
     users = {}  # in the file's order
     rows = []
+    units = {}  # is it a date?: the first such time
     unknown = Counter()
-    first = stranger = None
+    stranger = None
     for where, user, item, timestamp in read_csv(path, EVENTS):
         user = read_id(user, where)
         item = read_id(item, where)
@@ -167,10 +168,8 @@ def read_interactions(folder, items):
             raise InputError(f"{where}: time {timestamp!r} was rounded by a spreadsheet; mend it")
         if not math.isfinite(when):
             raise InputError(f"{where}: timestamp {timestamp!r} is no number and no ISO 8601 date")
-        first = first or (is_date, f"{where} has {timestamp}")
-        if is_date != first[0]:
-            raise InputError(f"{where} has {timestamp}, but {first[1]}: times of two units; "
-                             "write all in one")
+        if is_date not in units:
+            units[is_date] = f"{where} has {timestamp}"
         users.setdefault(user, len(users))
         if item in items:
             rows.append((user, item, when))
@@ -180,34 +179,38 @@ def read_interactions(folder, items):
     if unknown.total() > len(rows):
         raise InputError(f"{stranger} is not in items.csv, nor are those of most rows; "
                          f"{[*items][:2]} are")
-    if rows and not first[0]:
-        check_units(path, rows)
+    if True not in units:
+        units = find_units(path, rows)
+    if len(units) > 1:
+        told = ", but ".join(reversed(units.values()))
+        raise InputError(f"{told}: times of two units; write all in one")
     rows.sort(key=lambda row: row[2])
     rows.sort(key=lambda row: users[row[0]])
     return rows, unknown
 
-def check_units(path, rows):
-    """Raise where times cannot be of one unit: seconds and milliseconds, days or serial dates."""
+def find_units(path, rows):
+    """{time: its line} of two that cannot be of one unit, such as days and seconds, if any."""
     times = numpy.unique([when for _, _, when in rows])
     times = times[(abs(times) > 86400) | (times % 900 > 0)]  # without 0, "unknown", in any zone
     low, high = times[:-1], times[1:]
     gap = (low > 9000) & (high > 1e8) & (high > 30 * low)  # 9000 days after 1970 it was 1994
-    if gap.any():
-        found = {high[gap][0]: "", low[gap][0]: ""}
-        for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
-            when = parse_time(timestamp)[1]
-            if when in found:
-                found[when] = found[when] or f"{where} has {timestamp}"
-        raise InputError(f"{', but '.join(found.values())}: times of two units; write all in one")
+    if not gap.any():
+        return {}
+    found = {low[gap][0]: "", high[gap][0]: ""}
+    for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
+        when = parse_time(timestamp)[1]
+        if when in found:
+            found[when] = found[when] or f"{where} has {timestamp}"
+    return found
 
 def parse_time(timestamp):
     """(is it a date?, the number, or seconds since 1970; UTC if it names no zone; else NaN)."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return False, float(timestamp)
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         date = datetime.fromisoformat(timestamp)
-        return True, (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
-    return False, numpy.nan
+        return True, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return False, math.nan
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture's first frame to RGB, upright, on white; or raise what is wrong with it."""
@@ -217,7 +220,7 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
         if thin or short * long > MAX_PIXELS or picture.mode in ("I", "F"):  # of no known range
             raise ValueError(f"{picture.size} {picture.mode}: {UNFIT}")
         picture.load()
-        with contextlib.suppress(Exception):  # broken EXIF does not say how it was turned
+        with suppress(Exception):  # broken EXIF does not say how it was turned
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
             picture = Image.fromarray((numpy.asarray(picture) // 256).astype("uint8"))
@@ -276,7 +279,7 @@ def read_domain(folder: str | Path) -> Domain:
     untitled = [reason for _, reason, _ in lost].count("no title")
     shown = [row for row in rows if checks[row[1]][0]]
     first = []
-    for _, events in itertools.groupby(shown, lambda row: row[0]):
+    for _, events in groupby(shown, lambda row: row[0]):
         earliest = {}
         for row in events:
             earliest.setdefault(row[1], row)
@@ -313,23 +316,22 @@ def index_domain(folder, items, checks, rows, dropped, lost):
     titles = [items[item][0] for item in item_ids]
     pictures = [folder / items[item][1] for item in item_ids]
     shown = [checks[item][0] for item in item_ids]
-    users = {}
-    tied = {}
-    previous = None
-    for user, item, when in rows:
-        users.setdefault(user, []).append(index[item])
-        tied[user] = previous == (user, when)
-        previous = (user, when)
-    sequences = list(users.values())
-    tied = list(tied.values())
-    parts = [item_ids, titles, shown, list(users), sequences, tied]
-    listed = [", ".join(map(json.dumps, part)) for part in parts]
-    content = f"[[{'], ['.join(listed)}]]"  # as json.dumps(parts), which takes 70 bytes an event
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    users = []
+    sequences = []
+    tied = []
+    for user, events in groupby(rows, lambda row: row[0]):
+        events = list(events)
+        users.append(user)
+        sequences.append([index[item] for _, item, _ in events])
+        tied.append(events[-2][2] == events[-1][2])
+    digest = hashlib.blake2b(digest_size=16)
+    parts = [item_ids, titles, shown, users, sequences, tied]
+    for piece in json.JSONEncoder().iterencode(parts):  # at once it takes 70 bytes an event
+        digest.update(piece.encode())
     name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
     remarks = [*remark_items(titles, pictures, shown), *remark_ties(rows)]
-    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost,
-                  remarks, digest)
+    return Domain(name, item_ids, titles, pictures, users, sequences, tied, dropped, lost, remarks,
+                  digest.hexdigest())
 
 def remark_items(titles, pictures, shown):
     """Yield what is odd about items that can be shown."""
@@ -344,7 +346,7 @@ def remark_items(titles, pictures, shown):
 def remark_ties(rows):
     """Yield what is odd about neighbours in a user's sequence that have one time."""
     neighbours = tied = words = numbers = 0
-    for (user, before, start), (other, after, end) in itertools.pairwise(rows):
+    for (user, before, start), (other, after, end) in pairwise(rows):
         neighbours += user == other
         if user == other and start == end:
             tied += 1
@@ -370,7 +372,7 @@ def describe(domain: Domain) -> str:
             + "".join(f"\n  NOTE: {remark}" for remark in domain.remarks))
 
 # What is prepared where it is missing: a domain or the tiny model ---------------------------------
-@contextlib.contextmanager
+@contextmanager
 def lock(path: Path, wait: bool = False):
     """Hold the lock of `path`, which dies with its process; if another has it, wait or raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +394,7 @@ def lock(path: Path, wait: bool = False):
     finally:
         held.release()
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: Path):
     """A temporary path beside `path`, which takes its place when the block ends well."""
     partial = path.with_name(f"{path.name}.part")
@@ -400,7 +402,7 @@ def whole_file(path: Path):
         partial.touch()
         mode = partial.stat().st_mode  # the usual one; safetensors makes it 0600
         yield partial
-        with contextlib.suppress(OSError):  # some mounts know no modes
+        with suppress(OSError):  # some mounts know no modes
             partial.chmod(mode)
         os.replace(partial, path)
     except OSError as error:  # a write that fails does not say where
@@ -447,10 +449,11 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
 
 def prepare_model(model: str, data_dir: Path) -> str:
     """What `from_pretrained` takes: a name or a folder as it is; `tiny` is made."""
+    if model != "tiny":
+        return model
     folder = data_dir / "tiny-qwen2.5-vl"
-    if model == "tiny":
-        prepare(folder, folder, write_tiny_model, folder)
-    return str(folder) if model == "tiny" else model
+    prepare(folder, folder, write_tiny_model, folder)
+    return str(folder)
 
 NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]  # by category
 BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]      # by style
@@ -462,7 +465,7 @@ def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, 
     shows the category and the hue the style, always; the brand the style, and the shape the
     category, in these shares. Ids and the files' order tell neither."""
     rng = random.Random(f"sample world {seed}")
-    kinds = per_cell * list(itertools.product(range(8), range(8)))  # (category, style) by item
+    kinds = per_cell * list(product(range(8), range(8)))  # (category, style) by item
     rng.shuffle(kinds)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -503,13 +506,13 @@ def draw_item(rng, shape, hue):
     draw = ImageDraw.Draw(picture)
     r = rng.randint(21, 28)
     x, y = rng.randint(r + 2, 82 - r), rng.randint(r + 2, 82 - r)
-    corners = {"square": [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)],
-               "triangle": [(x, y - r), (x - r, y + r), (x + r, y + r)],
-               "diamond": [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]}
+    corners = {"square": [(-r, -r), (r, -r), (r, r), (-r, r)],
+               "triangle": [(0, -r), (-r, r), (r, r)],
+               "diamond": [(0, -r), (r, 0), (0, r), (-r, 0)]}
     grid = {"cross": (1, 3, 4, 5, 7), "bars": (0, 3, 6, 2, 5, 8), "checks": (0, 2, 4, 6, 8)}
     third = 2 * r // 3
     if shape in corners:
-        draw.polygon(corners[shape], fill=colour)
+        draw.polygon([(x + right, y + down) for right, down in corners[shape]], fill=colour)
     if shape in ("disc", "ring"):
         inside = colour if shape == "disc" else ground
         draw.circle((x, y), r, inside, colour, width=r // 3)
@@ -536,10 +539,10 @@ def write_tiny_model(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=marks[0],
                                         eos_token=marks[1], additional_special_tokens=marks[2:])
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = dict(vocab_size=len(ids), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-                bos_token_id=None, eos_token_id=1, rope_parameters=rope)
+                rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                bos_token_id=None, eos_token_id=1)
     vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64,
                   fullatt_block_indexes=[1])
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=2,
@@ -550,7 +553,7 @@ def write_tiny_model(folder: Path) -> None:
         Qwen2_5_VLModel(config).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil().save_pretrained(partial)
-    with contextlib.suppress(OSError):  # it would be 0600
+    with suppress(OSError):  # it would be 0600
         (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     os.replace(partial, folder)
 
@@ -679,14 +682,15 @@ def fetch_pictures(addresses, folder):
         if reason:
             return reason
         reason = flaw(file.getvalue(), path)
-        if reason:  # such as a page that asks whether we are human
-            return reason if reason.endswith(UNFIT) else f"no answer: no picture, {reason}"
-        with whole_file(path) as partial:
-            partial.write_bytes(file.getvalue())
-        return ""
+        if not reason:
+            with whole_file(path) as partial:
+                partial.write_bytes(file.getvalue())
+        elif not reason.endswith(UNFIT):  # such as a page that asks whether we are human
+            reason = f"no answer: no picture, {reason}"
+        return reason
     reasons = {}
     silent = failed = 0
-    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures", 16)):
+    for item, reason in zip(addresses, in_threads(get, addresses, "pictures", 16)):
         reasons[item] = reason
         failed += reason != ""
         silent += reason.startswith("no answer")
