@@ -184,7 +184,7 @@ def read_interactions(folder, items):
     if len(units) > 1:
         told = ", but ".join(reversed(units.values()))
         raise InputError(f"{told}: times of two units; write all in one")
-    rows.sort(key=lambda row: row[2])
+    rows.sort(key=lambda row: row[2])  # twice, as pairs for keys would take 40 bytes a row
     rows.sort(key=lambda row: users[row[0]])
     return rows, unknown
 
@@ -578,12 +578,12 @@ class SameHost(urllib.request.HTTPRedirectHandler):
             return super().redirect_request(request, file, code, message, headers, address)
 
 def fetch(address, file, small=False):
-    """Append to `file` what it lacks of what lies at `address`; what is small is begun anew after
-    a failure and has limits. Returns "", or why it failed, "no answer" where time may help."""
+    """Append to `file` what it lacks of `address`; what is small has limits and is begun anew after
+    a failure. Returns "", or why it failed, which begins with "no answer" where time may help."""
     most = MAX_BYTES if small else math.inf
     end = monotonic() + (MAX_SECONDS if small else math.inf)
     wait = 0
-    for pause in (1, 2, 4, 0):
+    for pause in (1, 2, 4, 0):  # seconds, before the next attempt
         sleep(wait)
         if monotonic() > end:
             break
@@ -612,13 +612,13 @@ def fetch(address, file, small=False):
     return f"no answer: {reason}"
 
 def receive(address, file, most, end):
-    """Ask once, for what comes after what `file` has; raise if it is cut off or beyond a limit."""
+    """Ask once, for what `file` lacks; raise if it does not come whole or is beyond a limit."""
     start = file.tell()
     request = urllib.request.Request(address, headers={"User-Agent": "vlm2rec"})
     if start:
         request.add_header("Range", f"bytes={start}-")
     with urllib.request.build_opener(SameHost).open(request, timeout=TIMEOUT) as response:
-        if response.status != 206:  # it sends all
+        if response.status != 206:  # it sends what we have, too
             response.read(start)
         missing = getattr(response, "length", 0) or 0  # it need not say
         for chunk in iter(lambda: response.read1(1 << 16), b""):
@@ -664,11 +664,11 @@ def read_review(line):
     return row["reviewerID"], row["asin"], row["unixReviewTime"]
 
 def read_metadata(line):
-    """(item, title, address of its picture)"""
+    """(item, (title, address of its picture))"""
     row = ast.literal_eval(line)
     title = " ".join(html.unescape(row.get("title") or "").split())
     title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return row["asin"], title, row.get("imUrl") or ""
+    return row["asin"], (title, row.get("imUrl") or "")
 
 def fetch_pictures(addresses, folder):
     """Fetch {item: address} to `folder`/item.jpg, if it decodes. Returns {item: "", or why not}."""
@@ -706,9 +706,8 @@ def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") 
     metadata = archives / f"meta_{category}.json.gz"
     reviews = list(read_archive(archives / f"reviews_{category}_5.json.gz", mirror, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for item, title, address in read_archive(metadata, mirror, read_metadata):
-        if item in about:
-            about[item] = (title, address)
+    entries = read_archive(metadata, mirror, read_metadata)
+    about |= {item: entry for item, entry in entries if item in about}
     if not any(title and address for title, address in about.values()):
         raise InputError(f"{metadata} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
