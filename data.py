@@ -473,8 +473,9 @@ def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, 
         named = style if rng.random() < brand else rng.randrange(8)
         drawn = category if rng.random() < shape else rng.randrange(8)
         title = f"{BRANDS[named]} {NOUNS[category]} {rng.randrange(100)}"
-        rows.append([f"{number:04}", title, f"images/{number:04}.png"])
-        draw_item(rng, SHAPES[drawn], style / 8).save(folder / rows[-1][2])
+        image = f"images/{number:04}.png"
+        draw_item(rng, SHAPES[drawn], style / 8).save(folder / image)
+        rows.append([f"{number:04}", title, image])
     popularity = [rng.lognormvariate(0, 0.7) for _ in kinds]
     events = [[f"u{user:04}", f"{item:04}", time]
               for user in range(users) for item, time in walk(rng, kinds, popularity)]
@@ -498,7 +499,7 @@ def walk(rng, kinds, popularity):
             yield item, day * 86400
 
 def draw_item(rng, shape, hue):
-    """Draw one shape in one colour on a pale ground; place, size and shade come from `rng`."""
+    """One shape in one colour on a pale ground; its place, size and shade come from `rng`."""
     vivid = colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1), rng.uniform(0.6, 0.95))
     colour = tuple(int(255 * part) for part in vivid)
     ground = (rng.randint(225, 255),) * 3
@@ -525,8 +526,8 @@ def write_tiny_model(folder: Path) -> None:
     """Write a Qwen2.5-VL of 277,000 random parameters, to which each of our words is a token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
+    from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel,
+                              Qwen2VLImageProcessorPil)
     marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
              "<|video_pad|>"]
     words = BRANDS + [f"\u0120{word}" for word in [*NOUNS, *range(100)]]  # \u0120: a space's byte
@@ -552,7 +553,7 @@ def write_tiny_model(folder: Path) -> None:
         torch.manual_seed(0)
         Qwen2_5_VLModel(config).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil().save_pretrained(partial)
+    Qwen2VLImageProcessorPil().save_pretrained(partial)
     with suppress(OSError):  # it would be 0600
         (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     os.replace(partial, folder)
@@ -580,7 +581,6 @@ class SameHost(urllib.request.HTTPRedirectHandler):
 def fetch(address, file, small=False):
     """Append to `file` what it lacks of `address`; what is small has limits and is begun anew after
     a failure. Returns "", or why it failed, which begins with "no answer" where time may help."""
-    most = MAX_BYTES if small else math.inf
     end = monotonic() + (MAX_SECONDS if small else math.inf)
     wait = 0
     for pause in (1, 2, 4, 0):  # seconds, before the next attempt
@@ -588,11 +588,8 @@ def fetch(address, file, small=False):
         if monotonic() > end:
             break
         wait = pause
-        if small:  # the rest may be of another picture
-            file.seek(0)
-            file.truncate()
         try:
-            receive(address, file, most, end)
+            receive(address, file, small, end)
             return ""
         except urllib.error.HTTPError as error:
             if error.code == 416 and file.tell():  # nothing comes after what we have
@@ -611,8 +608,11 @@ def fetch(address, file, small=False):
             reason = f"{type(error).__name__} {error}"
     return f"no answer: {reason}"
 
-def receive(address, file, most, end):
+def receive(address, file, small, end):
     """Ask once, for what `file` lacks; raise if it does not come whole or is beyond a limit."""
+    if small:  # the rest may be of another picture
+        file.seek(0)
+        file.truncate()
     start = file.tell()
     request = urllib.request.Request(address, headers={"User-Agent": "vlm2rec"})
     if start:
@@ -620,15 +620,14 @@ def receive(address, file, most, end):
     with urllib.request.build_opener(SameHost).open(request, timeout=TIMEOUT) as response:
         if response.status != 206:  # it sends what we have, too
             response.read(start)
-        missing = getattr(response, "length", 0) or 0  # it need not say
+        whole = file.tell() + (getattr(response, "length", 0) or 0)  # it need not say
         for chunk in iter(lambda: response.read1(1 << 16), b""):
             file.write(chunk)
-            missing -= len(chunk)
-            if file.tell() > most:
-                raise ValueError(f"over {most:,} bytes")
+            if small and file.tell() > MAX_BYTES:
+                raise ValueError(f"over {MAX_BYTES:,} bytes")
             if monotonic() > end:
                 raise TimeoutError("too slow")
-    if missing > 0:
+    if file.tell() < whole:
         raise ConnectionError("cut off")
 
 def read_archive(path, mirror, parse):
