@@ -48,7 +48,7 @@ EVENTS = ("user_id", "item_id", "timestamp")
 class InputError(Exception):
     """The user's mistake, told in one line: what is wrong, where, and how to mend it."""
 
-# The reader ---------------------------------------------------------------------------------------
+# ---- The reader ----
 @dataclass
 class Domain:
     """A domain in memory. Items and users are indices into these lists, in the files' order."""
@@ -371,7 +371,7 @@ def describe(domain: Domain) -> str:
             f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users"
             + "".join(f"\n  NOTE: {remark}" for remark in domain.remarks))
 
-# What is prepared where it is missing: a domain or the tiny model ---------------------------------
+# ---- What is prepared where it is missing: a domain or the tiny model ----
 @contextmanager
 def lock(path: Path, wait: bool = False):
     """Hold the lock of `path`, which dies with its process; if another has it, wait or raise."""
@@ -455,9 +455,9 @@ def prepare_model(model: str, data_dir: Path) -> str:
     prepare(folder, folder, write_tiny_model, folder)
     return str(folder)
 
-NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]  # by category
-BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]      # by style
-SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # by category
+NOUNS = "lantern kettle puzzle scarf drum kite clock basket".split()         # by category
+BRANDS = "Arvo Belka Corin Dasha Elmo Fjord Gusto Halma".split()             # by style
+SHAPES = "disc square triangle cross ring bars diamond checks".split()       # by category
 
 def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, shape=0.7) -> None:
     """The paper's situation in small: titles tell nearly everything, so that clicks can be learnt
@@ -558,7 +558,7 @@ def write_tiny_model(folder: Path) -> None:
         (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     os.replace(partial, folder)
 
-# Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ----------------
+# ---- Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ----
 AMAZON = {  # name in the files; the published 5-core's users, items and interactions
     "toys": ("Toys_and_Games", 19_412, 11_924, 167_597),
     "beauty": ("Beauty", 22_363, 12_101, 198_502),
