@@ -7,14 +7,12 @@
 import argparse
 import ast
 import colorsys
-import contextlib
 import csv
 import errno
 import gzip
 import hashlib
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -24,10 +22,12 @@ import sys
 import urllib.request
 import warnings
 from collections import Counter
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from itertools import groupby, pairwise, product
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from time import monotonic, sleep
 from unicodedata import normalize
 
@@ -39,8 +39,8 @@ from tqdm import tqdm
 CORE = 5                 # the least interactions of a user and of an item (Section 5.1.1)
 NEGATIVES = 100          # ranked beside the target (Section 5.1.3)
 MAX_PIXELS = 40_000_000  # a larger picture is not decoded
-MAX_RATIO = 20           # nor one more than so many times longer than wide: it would vanish
-UNFIT = "too large, small, thin or deep"  # says load_picture of what it could decode
+MAX_RATIO = 20           # nor one so many times longer than wide: it would vanish
+UNFIT = "too large, small, thin or deep"  # what could be decoded, but is not shown
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF")  # EPS would start a program
 ITEMS = ("item_id", "title", "image")
 EVENTS = ("user_id", "item_id", "timestamp")
@@ -48,7 +48,7 @@ EVENTS = ("user_id", "item_id", "timestamp")
 class InputError(Exception):
     """The user's mistake, told in one line: what is wrong, where, and how to mend it."""
 
-# The reader ---------------------------------------------------------------------------------------
+# ---- The reader ----
 @dataclass
 class Domain:
     """A domain in memory. Items and users are indices into these lists, in the files' order."""
@@ -65,7 +65,7 @@ class Domain:
     digest: str                 # of what is kept and of the bytes of the pictures
 
 def read_file(path: Path) -> bytes | None:
-    """The bytes of a regular file, None if there is none."""
+    """The bytes of a regular file, if there is one."""
     try:
         if not path.is_file():  # a FIFO would be waited for
             return None
@@ -73,24 +73,24 @@ def read_file(path: Path) -> bytes | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:  # a picture's bytes, not its path
             return None
-        raise InputError(f"{str(path)[:200]} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     if content.startswith((b"version https://git-lfs", b"/annex/objects/")):
         raise InputError(f"{path} is only a pointer; run: git lfs pull, or git annex get")
     return content
 
 def read_csv(path: Path, columns: tuple):
     """Yield ("path, line n", values of `columns`...) per row; semicolons or tabs may divide."""
-    needs = f"it needs {','.join(columns)}, and double quotes around a field with a comma in it"
+    needs = f"it needs {','.join(columns)}, and double quotes around a field with a comma"
     content = read_file(path)
     if content is None:
         raise InputError(f"{path} is missing or not a regular file; {needs}")
-    head = re.match(rb"[^\r\n]*", content)[0].decode("latin-1")  # an old Mac's lines end with CR
-    sign = max(",;\t", key=head.count)
+    file = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
     csv.field_size_limit(2**31 - 1)
-    lines = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
-    rows = csv.reader(lines, delimiter=sign, skipinitialspace=True, strict=True)
     line = 1  # where the row begins
     try:
+        sign = max(",;\t", key=file.readline().count)
+        file.seek(0)
+        rows = csv.reader(file, delimiter=sign, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(rows, [])]
         if any(header.count(name) != 1 for name in columns):
             raise csv.Error(f"the header is {','.join(header)[:200]!r}")
@@ -124,7 +124,7 @@ def read_items(folder: Path) -> dict:
         item = read_id(item, where)
         if item in items:
             raise InputError(f"{where}: item_id {item!r} is there twice; drop a row")
-        if Path(image).is_absolute() or ".." in re.split(r"[/\\]", image):
+        if Path(image).is_absolute() or ".." in PureWindowsPath(image).parts:
             raise InputError(f"{where}: {image[:200]!r} has a root or .. in it; copy it into "
                              f"{folder}, and write its path from there")
         if not os.path.exists(folder / image):
@@ -137,7 +137,7 @@ def find_file(folder, image, listings):
     def fold(name):
         return normalize("NFC", name).casefold()
     path = folder
-    for part in PurePosixPath(image.replace("\\", "/")).parts:
+    for part in PureWindowsPath(image).parts:
         if path not in listings:
             names = sorted(os.listdir(path)) if os.path.isdir(path) else []
             listings[path] = {fold(name): name for name in names}
@@ -152,13 +152,14 @@ def read_id(text, where):
     return sys.intern(normalize("NFC", text))  # one string, however many rows have it
 
 def read_interactions(folder, items):
-    """interactions.csv as [(user_id, item_id, time)], user by user, oldest first, and the number
-    of rows of each item that items.csv lacks."""
+    """interactions.csv as (user_id, item_id, time), by user, oldest first, and {item_id that
+    items.csv lacks: rows}."""
     path = folder / "interactions.csv"
     users = {}  # in the file's order
     rows = []
+    units = {}  # is it a date?: the first such time
     unknown = Counter()
-    first = stranger = None
+    stranger = None
     for where, user, item, timestamp in read_csv(path, EVENTS):
         user = read_id(user, where)
         item = read_id(item, where)
@@ -167,10 +168,8 @@ def read_interactions(folder, items):
             raise InputError(f"{where}: time {timestamp!r} was rounded by a spreadsheet; mend it")
         if not math.isfinite(when):
             raise InputError(f"{where}: timestamp {timestamp!r} is no number and no ISO 8601 date")
-        first = first or (is_date, f"{where} has {timestamp}")
-        if is_date != first[0]:
-            raise InputError(f"{where} has {timestamp}, but {first[1]}: times of two units; "
-                             "write all in one")
+        if is_date not in units:
+            units[is_date] = f"{where} has {timestamp}"
         users.setdefault(user, len(users))
         if item in items:
             rows.append((user, item, when))
@@ -180,34 +179,38 @@ def read_interactions(folder, items):
     if unknown.total() > len(rows):
         raise InputError(f"{stranger} is not in items.csv, nor are those of most rows; "
                          f"{[*items][:2]} are")
-    if rows and not first[0]:
-        check_units(path, rows)
-    rows.sort(key=lambda row: row[2])
+    if True not in units:
+        units = find_units(path, rows)
+    if len(units) > 1:
+        told = ", but ".join(reversed(units.values()))
+        raise InputError(f"{told}: times of two units; write all in one")
+    rows.sort(key=lambda row: row[2])  # twice, as pairs for keys would take 40 bytes a row
     rows.sort(key=lambda row: users[row[0]])
     return rows, unknown
 
-def check_units(path, rows):
-    """Raise where times cannot be of one unit: seconds and milliseconds, days or serial dates."""
+def find_units(path, rows):
+    """{time: its line} of two that cannot be of one unit, such as days and seconds, if any."""
     times = numpy.unique([when for _, _, when in rows])
     times = times[(abs(times) > 86400) | (times % 900 > 0)]  # without 0, "unknown", in any zone
     low, high = times[:-1], times[1:]
     gap = (low > 9000) & (high > 1e8) & (high > 30 * low)  # 9000 days after 1970 it was 1994
-    if gap.any():
-        found = {high[gap][0]: "", low[gap][0]: ""}
-        for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
-            when = parse_time(timestamp)[1]
-            if when in found:
-                found[when] = found[when] or f"{where} has {timestamp}"
-        raise InputError(f"{', but '.join(found.values())}: times of two units; write all in one")
+    if not gap.any():
+        return {}
+    found = {low[gap][0]: "", high[gap][0]: ""}
+    for where, *_, timestamp in read_csv(path, EVENTS):  # again: all lines would fill memory
+        when = parse_time(timestamp)[1]
+        if when in found:
+            found[when] = found[when] or f"{where} has {timestamp}"
+    return found
 
 def parse_time(timestamp):
     """(is it a date?, the number, or seconds since 1970; UTC if it names no zone; else NaN)."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return False, float(timestamp)
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         date = datetime.fromisoformat(timestamp)
-        return True, (date if date.tzinfo else date.replace(tzinfo=timezone.utc)).timestamp()
-    return False, numpy.nan
+        return True, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    return False, math.nan
 
 def load_picture(file: Path | io.BytesIO) -> Image.Image:
     """Decode a picture's first frame to RGB, upright, on white; or raise what is wrong with it."""
@@ -217,7 +220,7 @@ def load_picture(file: Path | io.BytesIO) -> Image.Image:
         if thin or short * long > MAX_PIXELS or picture.mode in ("I", "F"):  # of no known range
             raise ValueError(f"{picture.size} {picture.mode}: {UNFIT}")
         picture.load()
-        with contextlib.suppress(Exception):  # broken EXIF does not say how it was turned
+        with suppress(Exception):  # broken EXIF does not say how it was turned
             picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16"):  # 16 bits of grey, of which convert() would make white
             picture = Image.fromarray((numpy.asarray(picture) // 256).astype("uint8"))
@@ -276,7 +279,7 @@ def read_domain(folder: str | Path) -> Domain:
     untitled = [reason for _, reason, _ in lost].count("no title")
     shown = [row for row in rows if checks[row[1]][0]]
     first = []
-    for _, events in itertools.groupby(shown, lambda row: row[0]):
+    for _, events in groupby(shown, lambda row: row[0]):
         earliest = {}
         for row in events:
             earliest.setdefault(row[1], row)
@@ -313,23 +316,22 @@ def index_domain(folder, items, checks, rows, dropped, lost):
     titles = [items[item][0] for item in item_ids]
     pictures = [folder / items[item][1] for item in item_ids]
     shown = [checks[item][0] for item in item_ids]
-    users = {}
-    tied = {}
-    previous = None
-    for user, item, when in rows:
-        users.setdefault(user, []).append(index[item])
-        tied[user] = previous == (user, when)
-        previous = (user, when)
-    sequences = list(users.values())
-    tied = list(tied.values())
-    parts = [item_ids, titles, shown, list(users), sequences, tied]
-    listed = [", ".join(map(json.dumps, part)) for part in parts]
-    content = f"[[{'], ['.join(listed)}]]"  # as json.dumps(parts), which takes 70 bytes an event
-    digest = hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+    users = []
+    sequences = []
+    tied = []
+    for user, events in groupby(rows, lambda row: row[0]):
+        events = list(events)
+        users.append(user)
+        sequences.append([index[item] for _, item, _ in events])
+        tied.append(events[-2][2] == events[-1][2])
+    digest = hashlib.blake2b(digest_size=16)
+    parts = [item_ids, titles, shown, users, sequences, tied]
+    for piece in json.JSONEncoder().iterencode(parts):  # at once it takes 70 bytes an event
+        digest.update(piece.encode())
     name = Path(os.path.abspath(folder)).name  # as it was given, not a link's target
     remarks = [*remark_items(titles, pictures, shown), *remark_ties(rows)]
-    return Domain(name, item_ids, titles, pictures, list(users), sequences, tied, dropped, lost,
-                  remarks, digest)
+    return Domain(name, item_ids, titles, pictures, users, sequences, tied, dropped, lost, remarks,
+                  digest.hexdigest())
 
 def remark_items(titles, pictures, shown):
     """Yield what is odd about items that can be shown."""
@@ -344,7 +346,7 @@ def remark_items(titles, pictures, shown):
 def remark_ties(rows):
     """Yield what is odd about neighbours in a user's sequence that have one time."""
     neighbours = tied = words = numbers = 0
-    for (user, before, start), (other, after, end) in itertools.pairwise(rows):
+    for (user, before, start), (other, after, end) in pairwise(rows):
         neighbours += user == other
         if user == other and start == end:
             tied += 1
@@ -369,8 +371,8 @@ def describe(domain: Domain) -> str:
             f"  test item decided by a tie in time: {sum(domain.tied) / users:.1%} of the users"
             + "".join(f"\n  NOTE: {remark}" for remark in domain.remarks))
 
-# What is prepared where it is missing: a domain or the tiny model ---------------------------------
-@contextlib.contextmanager
+# ---- What is prepared where it is missing: a domain or the tiny model ----
+@contextmanager
 def lock(path: Path, wait: bool = False):
     """Hold the lock of `path`, which dies with its process; if another has it, wait or raise."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -392,7 +394,7 @@ def lock(path: Path, wait: bool = False):
     finally:
         held.release()
 
-@contextlib.contextmanager
+@contextmanager
 def whole_file(path: Path):
     """A temporary path beside `path`, which takes its place when the block ends well."""
     partial = path.with_name(f"{path.name}.part")
@@ -400,7 +402,7 @@ def whole_file(path: Path):
         partial.touch()
         mode = partial.stat().st_mode  # the usual one; safetensors makes it 0600
         yield partial
-        with contextlib.suppress(OSError):  # some mounts know no modes
+        with suppress(OSError):  # some mounts know no modes
             partial.chmod(mode)
         os.replace(partial, path)
     except OSError as error:  # a write that fails does not say where
@@ -447,14 +449,15 @@ def prepare_domain(domain: str, data_dir: Path, mirror: str = "") -> Path:
 
 def prepare_model(model: str, data_dir: Path) -> str:
     """What `from_pretrained` takes: a name or a folder as it is; `tiny` is made."""
+    if model != "tiny":
+        return model
     folder = data_dir / "tiny-qwen2.5-vl"
-    if model == "tiny":
-        prepare(folder, folder, write_tiny_model, folder)
-    return str(folder) if model == "tiny" else model
+    prepare(folder, folder, write_tiny_model, folder)
+    return str(folder)
 
-NOUNS = ["lantern", "kettle", "puzzle", "scarf", "drum", "kite", "clock", "basket"]  # by category
-BRANDS = ["Arvo", "Belka", "Corin", "Dasha", "Elmo", "Fjord", "Gusto", "Halma"]      # by style
-SHAPES = ["disc", "square", "triangle", "cross", "ring", "bars", "diamond", "checks"]  # by category
+NOUNS = "lantern kettle puzzle scarf drum kite clock basket".split()         # by category
+BRANDS = "Arvo Belka Corin Dasha Elmo Fjord Gusto Halma".split()             # by style
+SHAPES = "disc square triangle cross ring bars diamond checks".split()       # by category
 
 def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, shape=0.7) -> None:
     """The paper's situation in small: titles tell nearly everything, so that clicks can be learnt
@@ -462,7 +465,7 @@ def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, 
     shows the category and the hue the style, always; the brand the style, and the shape the
     category, in these shares. Ids and the files' order tell neither."""
     rng = random.Random(f"sample world {seed}")
-    kinds = per_cell * list(itertools.product(range(8), range(8)))  # (category, style) by item
+    kinds = per_cell * list(product(range(8), range(8)))  # (category, style) by item
     rng.shuffle(kinds)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
@@ -470,8 +473,9 @@ def write_sample_world(folder: Path, seed=0, users=1200, per_cell=8, brand=0.9, 
         named = style if rng.random() < brand else rng.randrange(8)
         drawn = category if rng.random() < shape else rng.randrange(8)
         title = f"{BRANDS[named]} {NOUNS[category]} {rng.randrange(100)}"
-        rows.append([f"{number:04}", title, f"images/{number:04}.png"])
-        draw_item(rng, SHAPES[drawn], style / 8).save(folder / rows[-1][2])
+        image = f"images/{number:04}.png"
+        draw_item(rng, SHAPES[drawn], style / 8).save(folder / image)
+        rows.append([f"{number:04}", title, image])
     popularity = [rng.lognormvariate(0, 0.7) for _ in kinds]
     events = [[f"u{user:04}", f"{item:04}", time]
               for user in range(users) for item, time in walk(rng, kinds, popularity)]
@@ -495,7 +499,7 @@ def walk(rng, kinds, popularity):
             yield item, day * 86400
 
 def draw_item(rng, shape, hue):
-    """Draw one shape in one colour on a pale ground; place, size and shade come from `rng`."""
+    """One shape in one colour on a pale ground; its place, size and shade come from `rng`."""
     vivid = colorsys.hsv_to_rgb(hue, rng.uniform(0.7, 1), rng.uniform(0.6, 0.95))
     colour = tuple(int(255 * part) for part in vivid)
     ground = (rng.randint(225, 255),) * 3
@@ -503,13 +507,13 @@ def draw_item(rng, shape, hue):
     draw = ImageDraw.Draw(picture)
     r = rng.randint(21, 28)
     x, y = rng.randint(r + 2, 82 - r), rng.randint(r + 2, 82 - r)
-    corners = {"square": [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)],
-               "triangle": [(x, y - r), (x - r, y + r), (x + r, y + r)],
-               "diamond": [(x, y - r), (x + r, y), (x, y + r), (x - r, y)]}
+    corners = {"square": [(-r, -r), (r, -r), (r, r), (-r, r)],
+               "triangle": [(0, -r), (-r, r), (r, r)],
+               "diamond": [(0, -r), (r, 0), (0, r), (-r, 0)]}
     grid = {"cross": (1, 3, 4, 5, 7), "bars": (0, 3, 6, 2, 5, 8), "checks": (0, 2, 4, 6, 8)}
     third = 2 * r // 3
     if shape in corners:
-        draw.polygon(corners[shape], fill=colour)
+        draw.polygon([(x + right, y + down) for right, down in corners[shape]], fill=colour)
     if shape in ("disc", "ring"):
         inside = colour if shape == "disc" else ground
         draw.circle((x, y), r, inside, colour, width=r // 3)
@@ -522,10 +526,10 @@ def write_tiny_model(folder: Path) -> None:
     """Write a Qwen2.5-VL of 277,000 random parameters, to which each of our words is a token."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
-    names = ["endoftext", "im_end", "vision_start", "vision_end", "image_pad", "video_pad"]
-    marks = [f"<|{name}|>" for name in names]
+    from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLModel,
+                              Qwen2VLImageProcessorPil)
+    marks = ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+             "<|video_pad|>"]
     words = BRANDS + [f"\u0120{word}" for word in [*NOUNS, *range(100)]]  # \u0120: a space's byte
     merges = {(word[:k], word[k]): word[:k + 1]  # letter by letter
               for word in words for k in range(1, len(word))}
@@ -536,10 +540,10 @@ def write_tiny_model(folder: Path) -> None:
     bpe.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=marks[0],
                                         eos_token=marks[1], additional_special_tokens=marks[2:])
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
     text = dict(vocab_size=len(ids), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
-                bos_token_id=None, eos_token_id=1, rope_parameters=rope)
+                rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                bos_token_id=None, eos_token_id=1)
     vision = dict(depth=2, hidden_size=48, intermediate_size=128, num_heads=3, out_hidden_size=64,
                   fullatt_block_indexes=[1])
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=2,
@@ -549,12 +553,12 @@ def write_tiny_model(folder: Path) -> None:
         torch.manual_seed(0)
         Qwen2_5_VLModel(config).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil().save_pretrained(partial)
-    with contextlib.suppress(OSError):  # it would be 0600
+    Qwen2VLImageProcessorPil().save_pretrained(partial)
+    with suppress(OSError):  # it would be 0600
         (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
     os.replace(partial, folder)
 
-# Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ----------------
+# ---- Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ----
 AMAZON = {  # name in the files; the published 5-core's users, items and interactions
     "toys": ("Toys_and_Games", 19_412, 11_924, 167_597),
     "beauty": ("Beauty", 22_363, 12_101, 198_502),
@@ -575,30 +579,20 @@ class SameHost(urllib.request.HTTPRedirectHandler):
             return super().redirect_request(request, file, code, message, headers, address)
 
 def fetch(address, file, small=False):
-    """Append to `file` what it lacks of what lies at `address`; what is small is begun anew after
-    a failure and has limits. Returns "", or why it failed, "no answer" where time may help."""
+    """Append to `file` what it lacks of `address`; what is small has limits and is begun anew after
+    a failure. Returns "", or why it failed, which begins with "no answer" where time may help."""
     end = monotonic() + (MAX_SECONDS if small else math.inf)
     wait = 0
-    for pause in (0, 1, 2, 4):
-        sleep(max(pause, wait))
+    for pause in (1, 2, 4, 0):  # seconds, before the next attempt
+        sleep(wait)
         if monotonic() > end:
             break
-        if small:  # the rest may be of another picture
-            file.seek(0)
-            file.truncate()
-        start = file.tell()
-        headers = {"User-Agent": "vlm2rec"} | ({"Range": f"bytes={start}-"} if start else {})
-        wait = 0
+        wait = pause
         try:
-            request = urllib.request.Request(address, headers=headers)
-            opener = urllib.request.build_opener(SameHost)
-            with opener.open(request, timeout=TIMEOUT) as response:
-                if response.status != 206:  # it does not send only what we lack
-                    response.read(start)
-                receive(response, file, MAX_BYTES if small else math.inf, end)
+            receive(address, file, small, end)
             return ""
         except urllib.error.HTTPError as error:
-            if error.code == 416 and start:  # nothing comes after what we have
+            if error.code == 416 and file.tell():  # nothing comes after what we have
                 return ""
             reason = f"HTTP {error.code}"
             if error.code in (400, 404, 410):
@@ -606,30 +600,40 @@ def fetch(address, file, small=False):
             if error.code < 500 and error.code != 429:
                 break
             after = error.headers.get("Retry-After", "")
-            wait = min(int(after), 30) if after.isdecimal() else 0
+            if after.isdecimal():
+                wait = max(pause, min(int(after), 30))
         except ValueError as error:  # too large, or no address
             return str(error)
         except Exception as error:  # a network's failures have many names
             reason = f"{type(error).__name__} {error}"
     return f"no answer: {reason}"
 
-def receive(response, file, most, end):
-    """Append what a response holds to `file`; raise if it is cut off or beyond a limit."""
-    missing = getattr(response, "length", 0) or 0  # it need not say
-    for chunk in iter(lambda: response.read1(1 << 16), b""):
-        file.write(chunk)
-        missing -= len(chunk)
-        if file.tell() > most:
-            raise ValueError(f"over {most:,} bytes")
-        if monotonic() > end:
-            raise TimeoutError("too slow")
-    if missing > 0:
+def receive(address, file, small, end):
+    """Ask once, for what `file` lacks; raise if it does not come whole or is beyond a limit."""
+    if small:  # the rest may be of another picture
+        file.seek(0)
+        file.truncate()
+    start = file.tell()
+    request = urllib.request.Request(address, headers={"User-Agent": "vlm2rec"})
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+    with urllib.request.build_opener(SameHost).open(request, timeout=TIMEOUT) as response:
+        if response.status != 206:  # it sends what we have, too
+            response.read(start)
+        whole = file.tell() + (getattr(response, "length", 0) or 0)  # it need not say
+        for chunk in iter(lambda: response.read1(1 << 16), b""):
+            file.write(chunk)
+            if small and file.tell() > MAX_BYTES:
+                raise ValueError(f"over {MAX_BYTES:,} bytes")
+            if monotonic() > end:
+                raise TimeoutError("too slow")
+    if file.tell() < whole:
         raise ConnectionError("cut off")
 
-def read_archive(path, base, parse):
+def read_archive(path, mirror, parse):
     """Yield parse(line) for each line of a gzipped file, which is fetched unless it is there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    address = f"{base}/{path.name}"
+    address = f"{mirror or ARCHIVES}/{path.name}"
     if not path.exists():
         print(f"fetching {address}", flush=True)
         part = path.with_name(f"{path.name}.part")  # goes on where an earlier run left it
@@ -659,11 +663,11 @@ def read_review(line):
     return row["reviewerID"], row["asin"], row["unixReviewTime"]
 
 def read_metadata(line):
-    """(item, title, address of its picture)"""
+    """(item, (title, address of its picture))"""
     row = ast.literal_eval(line)
     title = " ".join(html.unescape(row.get("title") or "").split())
     title = title.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return row["asin"], title, row.get("imUrl") or ""
+    return row["asin"], (title, row.get("imUrl") or "")
 
 def fetch_pictures(addresses, folder):
     """Fetch {item: address} to `folder`/item.jpg, if it decodes. Returns {item: "", or why not}."""
@@ -672,19 +676,20 @@ def fetch_pictures(addresses, folder):
         path = folder / f"{item}.jpg"
         if path.exists() and not flaw(path.read_bytes(), path):  # a power cut leaves empty files
             return ""
-        content = io.BytesIO()
-        reason = fetch(addresses[item], content, small=True)
+        file = io.BytesIO()
+        reason = fetch(addresses[item], file, small=True)
         if reason:
             return reason
-        reason = flaw(content.getvalue(), path)
-        if reason:  # such as a page that asks whether we are human
-            return reason if reason.endswith(UNFIT) else f"no answer: no picture, {reason}"
-        with whole_file(path) as partial:
-            partial.write_bytes(content.getvalue())
-        return ""
+        reason = flaw(file.getvalue(), path)
+        if not reason:
+            with whole_file(path) as partial:
+                partial.write_bytes(file.getvalue())
+        elif not reason.endswith(UNFIT):  # such as a page that asks whether we are human
+            reason = f"no answer: no picture, {reason}"
+        return reason
     reasons = {}
     silent = failed = 0
-    for item, reason in zip(addresses, in_threads(get, list(addresses), "pictures", 16)):
+    for item, reason in zip(addresses, in_threads(get, addresses, "pictures", 16)):
         reasons[item] = reason
         failed += reason != ""
         silent += reason.startswith("no answer")
@@ -696,30 +701,29 @@ def fetch_pictures(addresses, folder):
 def prepare_amazon(domain: str, folder: Path, archives: Path, mirror: str = "") -> None:
     """Write the 5-core of what has a title and a picture; a run that was killed is gone on with."""
     category, *published = AMAZON[domain]
-    base = mirror.rstrip("/") or ARCHIVES
-    paths = [archives / f"reviews_{category}_5.json.gz", archives / f"meta_{category}.json.gz"]
-    reviews = list(read_archive(paths[0], base, read_review))
+    mirror = mirror.rstrip("/")
+    metadata = archives / f"meta_{category}.json.gz"
+    reviews = list(read_archive(archives / f"reviews_{category}_5.json.gz", mirror, read_review))
     about = {item: ("", "") for _, item, _ in reviews}  # title, picture's address
-    for item, title, address in read_archive(paths[1], base, read_metadata):
-        if item in about:
-            about[item] = (title, address)
+    entries = read_archive(metadata, mirror, read_metadata)
+    about |= {item: entry for item, entry in entries if item in about}
     if not any(title and address for title, address in about.values()):
-        raise InputError(f"{paths[1]} tells no reviewed item's title and picture; {LOOKS}")
+        raise InputError(f"{metadata} tells no reviewed item's title and picture; {LOOKS}")
     reasons = {}
+    paths = {}  # of pictures, on any host
     for item, (title, address) in sorted(about.items()):
-        known = re.match(r"https?://[^/]*amazon.com/(?!.*no-img)", address)
-        usable = title and known and item.isalnum()  # the id becomes a file's name
-        reasons[item] = "" if usable else "no title, no picture or an odd id"
-    shown = core([row for row in reviews if not reasons[row[1]]])
-    addresses = {}
-    for item in sorted({item for _, item, _ in shown}):
-        path = re.sub("^https?://[^/]*|[?#].*", "", about[item][1])
-        addresses[item] = (mirror.rstrip("/") or PICTURES) + urllib.parse.quote(path, safe="/%+,")
+        known = re.match("https?://[^/]*amazon.com(?!.*no-img)(/[^?#]*)", address)
+        if title and known and item.isalnum():  # the id becomes a file's name
+            paths[item] = urllib.parse.quote(known[1], safe="/%+,")
+        reasons[item] = "" if item in paths else "no title, no picture or an odd id"
+    shown = core([row for row in reviews if row[1] in paths])
+    needed = sorted({item for _, item, _ in shown})
+    addresses = {item: (mirror or PICTURES) + paths[item] for item in needed}
     reasons |= fetch_pictures(addresses, folder / "images")
     final = core([row for row in shown if not reasons[row[1]]])
+    left = sorted({item for _, item, _ in final})
+    items = [[item, about[item][0], f"images/{item}.jpg"] for item in left]
     lost = [[item, reason, about[item][1]] for item, reason in reasons.items() if reason]
-    items = [[item, about[item][0], f"images/{item}.jpg"]
-             for item in sorted({item for _, item, _ in final})]
     users = len({user for user, _, _ in reviews})
     print(f"{domain}: {users:,} users, {len(about):,} items, {len(reviews):,} events, published "
           f"{published}; {len(lost)} items lost")
