@@ -628,16 +628,27 @@ def token_side(config):
     merged = getattr(config.vision_config, "spatial_merge_size", 0)  # patches
     return merged and merged * config.vision_config.patch_size
 
-def check_family(config, settings):
-    """InputError if a model's config.json is of no family that we know, or of another tower."""
-    if METHODS[settings.method].modalities == ("text",) and not hasattr(config, "vision_config"):
+def check_model(config, device):
+    """InputError if a model cannot serve, by its config.json alone, before weights are loaded."""
+    if config.model == PAPERS_MODEL and config.device == "auto" and device == "cpu":
+        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
+                         "your files, --device cpu insists")
+    path = data.prepare_model(config.model, Path(config.data_dir))
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise InputError(f"--model {path}: there is no such folder")
+    with readable(f"--model {path} does not load"):
+        if os.path.exists(f"{path}/adapter_config.json"):
+            raise ValueError(ADAPTER_INSIDE)
+        known = transformers.AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False)
+    if METHODS[config.method].modalities == ("text",) and not hasattr(known, "vision_config"):
         return  # a language model
-    if config.model_type not in AROUND_A_PICTURE or config.vision_config.model_type == "pixtral":
-        raise InputError(f"--model is of type {config.model_type}, or its pictures vary in size; "
+    if known.model_type not in AROUND_A_PICTURE or known.vision_config.model_type == "pixtral":
+        raise InputError(f"--model is of type {known.model_type}, or its pictures vary in size; "
                          f"take one of {', '.join(AROUND_A_PICTURE)}")
-    side = token_side(config)
-    if side and settings.image_size % side:
-        raise InputError(f"--image-size {settings.image_size}: take a multiple of {side}")
+    side = token_side(known)
+    if side and config.image_size % side:
+        raise InputError(f"--image-size {config.image_size}: take a multiple of {side}")
 
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor; None for a language model's); bfloat16
@@ -663,7 +674,8 @@ def load_vlm(model, revision, device):
             processor.crop_to_patches = False  # no family's pictures are cut into tiles
             processor.do_image_splitting = False
             processor.do_pan_and_scan = False
-    vlm.commit = (re.findall("/snapshots/([^/]+)/", file) or [None])[0]  # of the hub's cache
+    commit = re.search("/snapshots/([^/]+)/", file)  # in the hub's cache
+    vlm.commit = commit and commit[1]
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 def square_picture(path, side):
@@ -703,7 +715,6 @@ def build_encoder(run):
     never be another tower's."""
     model = data.prepare_model(run.config.model, Path(run.config.data_dir))
     vlm, tokenizer, processor = load_vlm(model, run.config.revision, run.device)
-    check_family(vlm.config, run.config)
     encode = functools.partial(encode_pictures, vlm, processor, run.config.image_size)
     first = torch.empty(1, 1, 0, 0)  # where no picture is read
     if run.method.modalities != ("text",):
@@ -735,9 +746,7 @@ def check_prompts(encoder, tokenizer, run):
     vlm = encoder.vlm
     marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE.get(vlm.config.model_type, "")))
     lost = [mark for mark in marks if mark not in tokenizer.get_vocab()]
-    if run.method.modalities == ("text",):
-        lost = []
-    if not all([*encoder.titles, encoder.newline, tokenizer.eos_token, not lost]):
+    if lost or not all([*encoder.titles, encoder.newline, tokenizer.eos_token]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
                          f"{lost}: is tokenizer.json there?")
     most = max(set().union(encoder.picture, encoder.prompt([], "text"), *encoder.titles))
@@ -825,8 +834,8 @@ def run_folder(config):
     return Path(config.out, os.path.basename(source), f"{name}-seed{config.seed}")
 
 def open_run(config, first=None):
-    """Prepare and read what a run needs, or take it from the `first` run of a command. What can be
-    known of the settings is checked before anything is fetched. Raises InputError."""
+    """Prepare and read what a run needs, or take it from the `first` run of a command; what is
+    wrong by itself is refused before. Raises InputError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -846,24 +855,11 @@ def open_run(config, first=None):
         raise InputError(f"take --batch <= --train-users <= {users}, all users")
     return Run(config, METHODS[config.method], device, source, domain, folder, settings)
 
-def check_model(config, device):
-    """What a model's config.json tells, if that is on this machine, without its weights."""
-    if config.model == PAPERS_MODEL and device != config.device == "auto" and device == "cpu":
-        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
-                         "your files, --device cpu insists")
-    model = data.prepare_model(config.model, Path(config.data_dir))
-    here = Path(model).exists()
-    if not here and model.startswith((".", "/")):
-        raise InputError(f"--model {model}: there is no such folder")
-    with readable(f"--model {model} does not load") if here else contextlib.suppress(Exception):
-        if Path(model, "adapter_config.json").exists():
-            raise ValueError(ADAPTER_INSIDE)
-        known = transformers.AutoConfig.from_pretrained(
-            model, revision=config.revision, local_files_only=True, trust_remote_code=False)
-        check_family(known, config)
-
-def digest_of(path):
-    """Of a file's content, or of the files that a model's or an adapter's folder is loaded from."""
+def identity(path):
+    """A file, or what a model or an adapter is loaded from in its folder, is known by its content,
+    wherever it lies; all else, such as a model on the hub, by its name."""
+    if path == "tiny" or not os.path.exists(path):
+        return path
     files = [path]
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).iterdir()
@@ -875,8 +871,7 @@ def digest_of(path):
     return content.hexdigest()[:16]
 
 def run_settings(config, first=None):
-    """What a run's numbers depend on. What is given as a file or folder is known by its content,
-    wherever it lies. "paths" and "code" are written beside, and do not tell runs apart."""
+    """What a run's numbers depend on; "paths" and "code" stand beside it, and tell no runs apart."""
     settings = asdict(config)
     for free in ("domain", "data_dir", "out", "device", "checkpointing", "log_every", "save_every"):
         del settings[free]  # change nothing but rounding
@@ -884,11 +879,9 @@ def run_settings(config, first=None):
     for name, path in settings["paths"].items():
         if name != "model" and path and not os.path.exists(path):
             raise InputError(f"--{name} {path}: there is no such file or folder")
-        if first and path == first.settings["paths"][name]:
-            settings[name] = first.settings[name]
-        elif path != "tiny" and os.path.exists(path):
-            settings[name] = digest_of(path)
-    settings["code"] = {"source": digest_of(__file__) + digest_of(data.__file__),
+        known = first and path == first.settings["paths"][name]
+        settings[name] = first.settings[name] if known else identity(path)
+    settings["code"] = {"source": identity(__file__) + identity(data.__file__),
                         "torch": torch.__version__, "transformers": transformers.__version__}
     return settings
 
@@ -903,19 +896,18 @@ def check_folder(run):
     """InputError if a run's folder holds another run; a note, or "", if other code made it."""
     folder = run.folder
     finished = (folder / "table.md").exists()
-    if finished or (folder / "checkpoint.pt").exists():
-        before = read_settings(folder)
-        path = before["paths"]["model"]
-        gone = path == run.config.model and before["model"] != path and not os.path.exists(path)
-        other = differences(before, run.settings, ["model"] if finished and gone else [])
-        if other:
-            raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
-        code = differences(before.get("code", {}), run.settings["code"])
-        if code and "transformers" in code and not finished:
-            raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
-        if code:
-            return f"note: {folder} was made with other code: {code}\n"
-    return ""
+    if not finished and not (folder / "checkpoint.pt").exists():
+        return ""
+    before = read_settings(folder)
+    path = before["paths"]["model"]
+    gone = path == run.config.model and before["model"] != path and not os.path.exists(path)
+    other = differences(before, run.settings, ["model"] if finished and gone else [])
+    if other:
+        raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
+    code = differences(before.get("code", {}), run.settings["code"])
+    if "transformers" in code and not finished:
+        raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
+    return f"note: {folder} was made with other code: {code}\n" if code else ""
 
 def read_json(path):
     with readable(f"{path} is missing or damaged"):
@@ -1013,7 +1005,7 @@ def make_model(run):
         lora = add_lora(encoder.vlm, config) if run.method.trains or config.adapter else None
         return VLM2Rec(encoder, config), lora
     vectors = None
-    if config.embeddings or config.method == "mean-pool":
+    if config.embeddings:
         vectors = read_vectors(config.embeddings, run.domain, run.source)
     if config.method == "mean-pool":
         return MeanPool(vectors), None
@@ -1035,8 +1027,8 @@ def run_method(run):
         save_adapter(run, lora)
     test = make_evaluation(domain, "test", config.history, config.seed)
     z, e = model.embed(test.histories)
-    for name, tensors, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
-        save_tensors(run.folder / f"{name}s.safetensors", tensors, {f"{name}_ids": json.dumps(ids)})
+    save_tensors(run.folder / "items.safetensors", e, {"item_ids": json.dumps(domain.item_ids)})
+    save_tensors(run.folder / "users.safetensors", z, {"user_ids": json.dumps(domain.user_ids)})
     draw_users(run, test, z, e, model.score)
     collapse = measure_collapse(z, e, test, scores.get("epochs"))
     scores["commit"] = commit_of(model)
@@ -1108,8 +1100,7 @@ def report(name, scores, collapse):
                    for title, rows in tables.items())
 
 def table(title, rows):
-    """Named rows of scores as Markdown, without those that are None; the last row's columns."""
-    rows = {name: row for name, row in rows.items() if row}
+    """Named rows of scores as Markdown, with the columns of the last."""
     columns = list(next(reversed(rows.values()), []))
     lines = [[title, *columns], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
@@ -1122,9 +1113,9 @@ def execute(run):
     print(check_folder(run), end="")
     folder = run.folder
     tables = folder / "table.md"
-    shared = folder.parent / "table.md"
-    begins = not tables.exists()
-    if begins:
+    if tables.exists():
+        others = comparison(folder.parent, run.settings)
+    else:
         folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead nowhere
         with data.lock(folder):
             data.write_text(folder / "config.json", json.dumps(run.settings, indent=1))
@@ -1132,13 +1123,12 @@ def execute(run):
             data.write_csv(folder / "dropped.csv", header, run.domain.dropped_items)
             data.write_text(tables, run_method(run))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
+        shared = folder.parent / "table.md"
+        with data.lock(shared, wait=True):
+            others = comparison(folder.parent, run.settings)
+            data.write_text(shared, others)
     when = time.ctime(tables.stat().st_mtime)
-    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}")
-    with data.lock(shared, wait=True) if begins else contextlib.nullcontext():
-        text = comparison(folder.parent, run.settings)
-        if begins:
-            data.write_text(shared, text)
-    print(text)
+    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}\n{others}")
 
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
@@ -1329,10 +1319,6 @@ class SequenceRecommender(nn.Module):
 
 # ---- Recommendations to look at ----
 
-def best_items(scores, owned, k):
-    """The k best scores (N,) and their items, without what is owned."""
-    return scores.index_fill(0, torch.tensor(owned), -torch.inf).topk(k)
-
 def draw(domain, rows, target=None):
     """Rows of at most five items and their titles, or ids where the font has no such letters."""
     sheet = Image.new("RGB", (590, 116 * len(rows)), "white")
@@ -1372,10 +1358,10 @@ def draw_users(run, test, z, e, score):
     sheets = []
     for user in (0, len(test.targets) // 2):
         sheet = draw(run.domain, *protocol_rows(run, test, z, e, score, user))
-        heading = Image.new("RGB", (sheet.width, 24), "white")
+        sheet = ImageOps.expand(sheet, (0, 24, 0, 0), "white")
         words = f"{run.config.method}, user {run.domain.user_ids[user]}; green: bought next"
-        ImageDraw.Draw(heading).text((6, 8), words, "black")
-        sheets.append(numpy.vstack([heading, sheet]))
+        ImageDraw.Draw(sheet).text((6, 8), words, "black")
+        sheets.append(sheet)
     with data.whole_file(run.folder / "recommendations.png") as partial:
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
 
@@ -1394,24 +1380,25 @@ def recommend(run, history, k=10):
         f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)": unknown}
     for why in filter(wrong.get, wrong):
         raise InputError(f"{run.folder} cannot recommend: {why}")
-    known = {name: before[name] for name in asdict(run.config) if name in before}
-    known["adapter"] = str(adapter) if adapter.exists() else ""
-    known["model"] = run.config.model
-    if run.settings["model"] != before["model"]:  # given by another path, or not given
-        known["model"] = before["paths"]["model"]
+    name = run.config.model
+    if run.settings["model"] != before["model"]:  # it is not given, or has changed
+        name = before["paths"]["model"]
+        if identity(name) != before["model"]:
+            raise InputError(f"the files of --model {name} have changed since {run.folder}")
+    known = {flag: before[flag] for flag in asdict(run.config) if flag in before}
+    known |= {"model": name, "adapter": str(adapter) if adapter.exists() else ""}
     run = run._replace(config=replace(run.config, **known))
-    if run_settings(run.config)["model"] != before["model"]:
-        raise InputError(f"the files of --model {known['model']} have changed since {run.folder}")
     path = run.folder / "items.safetensors"
     with readable(f"{path} is missing or damaged"):
         e = load_file(path)["fused"]
-    items = [ids.index(item) for item in history]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
     if commit != commit_of(model):
-        raise InputError(f"--model {known['model']} has changed since: give --revision {commit}")
+        raise InputError(f"--model {name} has changed since: give --revision {commit}")
+    items = [ids.index(item) for item in history]
     z = model.encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
-    best = zip(*best_items(cosine(z, e)[0], items, k))
+    scores = cosine(z, e)[0].index_fill(0, torch.tensor(items), -torch.inf)  # (N,)
+    best = zip(*scores.topk(k))
     return [(ids[item], run.domain.titles[item], score.item()) for score, item in best]
 
 # ---- The command ----
