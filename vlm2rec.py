@@ -41,6 +41,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -540,7 +541,7 @@ def complete(config):
         raise InputError(f"--method {config.method} does not read {unread}")
     if config.method == "mean-pool" and not config.embeddings:
         raise InputError("--method mean-pool needs --embeddings")
-    if "cmsa" in METHODS[config.method].more and config.lora_rank % EXPERTS:
+    if config.method == "sda" and config.lora_rank % EXPERTS:
         raise InputError(f"--method sda needs a --lora-rank in multiples of {EXPERTS}")
 
 # ---- Collapse (Section 3): what Fig. 1a and Table 1 measure ----
@@ -550,10 +551,9 @@ def queries(z, e, test):
     spaces = {"f": "fused", "t": "text", "v": "vision"}
     scores = {}
     for name in ("f2f", "t2f", "v2f", "t2t", "v2v"):
-        query, _, items = name
-        if {spaces[query], spaces[items]} <= set(z):
-            ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
-            scores[name] = hits_and_ndcg(ranks)["N@10"]
+        query, items = [spaces[letter] for letter in name.split("2")]
+        if query in z and items in z:
+            scores[name] = hits_and_ndcg(evaluate(z[query], e[items], test))["N@10"]
     return scores
 
 def gradient_cosines(model, batch):
@@ -642,7 +642,7 @@ def check_model(config, device):
         known = transformers.AutoConfig.from_pretrained(
             path, revision=config.revision, trust_remote_code=False)
     if METHODS[config.method].modalities == ("text",) and not hasattr(known, "vision_config"):
-        return  # a language model
+        return  # a language model will do
     if known.model_type not in AROUND_A_PICTURE or known.vision_config.model_type == "pixtral":
         raise InputError(f"--model is of type {known.model_type}, or its pictures vary in size; "
                          f"take one of {', '.join(AROUND_A_PICTURE)}")
@@ -656,12 +656,11 @@ def load_vlm(model, revision, device):
     print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    load = functools.partial(transformers.AutoModel.from_pretrained, model, dtype=dtype,
-                             use_safetensors=True, output_loading_info=True, **hub)
+    headless = {r"^model\.(visual|language_model)\.": r"\1."}  # as some save it with its head
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
-        vlm, report = load()
-        if report["missing_keys"]:  # perhaps saved with its head, as transformers 5 names it
-            vlm, report = load(key_mapping={r"^model\.(visual|language_model)\.": r"\1."})
+        vlm, report = transformers.AutoModel.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, key_mapping=headless,
+            output_loading_info=True, **hub)
         if report["missing_keys"]:  # transformers goes on with random weights
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[:3]}")
         if getattr(vlm, "_hf_peft_config_loaded", False):  # ours would replace it in silence
@@ -689,14 +688,13 @@ def square_picture(path, side):
 def encode_pictures(vlm, processor, image_size, paths, batch=32):
     """The frozen vision tower's features of N pictures: (N, levels, P, D), on the CPU. Qwen's take
     any size; for the others, the processor scales to the tower's own."""
-    own_size = not token_side(vlm.config)
+    side = image_size if token_side(vlm.config) else 0
     known = inspect.signature(vlm.get_image_features).parameters
     features = None
     for k in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [square_picture(path, 0 if own_size else image_size)
-                    for path in paths[k:k + batch]]
+        pictures = [square_picture(path, side) for path in paths[k:k + batch]]
         pictures.append(pictures[0])  # LLaVA-OneVision cuts a picture that is alone into tiles
-        pixels = processor(images=[pictures], do_resize=own_size, return_tensors="pt")
+        pixels = processor(images=[pictures], do_resize=side == 0, return_tensors="pt")
         inputs = {name: pixels[name].to(vlm.device) for name in pixels if name in known}
         encoded = vlm.get_image_features(**inputs)
         if len({len(picture) for picture in encoded.pooler_output}) > 1:
@@ -745,7 +743,7 @@ def check_prompts(encoder, tokenizer, run):
     needs, or a prompt exceeds the context."""
     vlm = encoder.vlm
     marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE.get(vlm.config.model_type, "")))
-    lost = [mark for mark in marks if mark not in tokenizer.get_vocab()]
+    lost = sorted(set(marks) - set(tokenizer.get_vocab()))
     if lost or not all([*encoder.titles, encoder.newline, tokenizer.eos_token]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
                          f"{lost}: is tokenizer.json there?")
@@ -782,8 +780,8 @@ def add_lora(vlm, config):
         if settings.peft_type != "LORA":
             raise ValueError(f"{settings.peft_type} would not be used")
         lora = peft.get_peft_model(vlm, settings)
-        check_layers(vlm, decoder)
-        if "cmsa" in METHODS[config.method].more:
+        check_layers(vlm, place)
+        if config.method == "sda":
             add_gates(vlm)
         elif config.checkpointing == "on":
             decoder.activation_checkpointing_enable()
@@ -797,19 +795,18 @@ def add_lora(vlm, config):
     lora.print_trainable_parameters()
     return lora
 
-def check_layers(vlm, decoder):
-    """ValueError if LoRA is where no pass comes by; say which of the decoder's matrices are
-    without."""
-    inside = {id(weight) for weight in decoder.parameters()}
-    outside = [name for name, weight in vlm.named_parameters()
-               if weight.requires_grad and id(weight) not in inside]
-    if outside:
-        raise ValueError(f"{outside[0]} would not be used: features are made before it")
-    bare = {".".join(name.split(".")[-2:]) for name, weight in decoder.named_parameters()
-            if weight.ndim > 1 and "lora_" not in name and "base_layer" not in name}
-    bare = sorted(name for name in bare if "embed" not in name)
+def check_layers(vlm, place):
+    """ValueError if LoRA is outside the decoder, which has this place: no pass comes by there.
+    Say which of the decoder's matrices are without."""
+    bare = set()
+    for name, weight in vlm.named_parameters():
+        inside = name.startswith(place)
+        if weight.requires_grad and not inside:
+            raise ValueError(f"{name} would not be used: features are made before it")
+        if inside and weight.ndim > 1 and not re.search("lora_|base_layer|embed", name):
+            bare.add(".".join(name.split(".")[-2:]))
     if bare:
-        print(f"note: without LoRA: {', '.join(bare)}")
+        print(f"note: without LoRA: {', '.join(sorted(bare))}")
 
 # ---- A run: its folder, its log, its tables ----
 
@@ -871,7 +868,7 @@ def identity(path):
     return content.hexdigest()[:16]
 
 def run_settings(config, first=None):
-    """What a run's numbers depend on; "paths" and "code" stand beside it, and tell no runs apart."""
+    """What a run's numbers depend on. "paths" and "code", beside it, tell no runs apart."""
     settings = asdict(config)
     for free in ("domain", "data_dir", "out", "device", "checkpointing", "log_every", "save_every"):
         del settings[free]  # change nothing but rounding
@@ -931,12 +928,13 @@ def commit_of(model):
 def trim_log(folder, step):
     """Leave in log.jsonl the lines up to a step: what follows it is done again."""
     path = folder / "log.jsonl"
-    kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []:
+    path.touch()
+    kept = ""
+    for line in path.read_text("utf-8").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a power cut's
             if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip() + "\n")
-    data.write_text(path, "".join(kept))
+                kept += f"{line}\n"
+    data.write_text(path, kept)
 
 def log_step(folder, step, left, terms, seconds, scores={}):
     """A line on the screen and, with validation's scores at an epoch's end, in log.jsonl; `left`
@@ -990,8 +988,7 @@ def save_adapter(run, lora):
     with readable(f"{folder}/adapter_model.safetensors cannot be written"):
         lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
     with contextlib.suppress(OSError):  # safetensors makes it 0600
-        mode = (folder / "adapter_config.json").stat().st_mode
-        (folder / "adapter_model.safetensors").chmod(mode)
+        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
@@ -1055,7 +1052,7 @@ def write_results(run, test, ranks, scores, collapse):
     about = {"domain": domain.name, "method": run.config.method, "seed": run.config.seed,
              "model": run.config.model, "users": len(targets)}
     data.write_text(run.folder / "metrics.json", json.dumps(about | scores | collapse, indent=1))
-    return verdict(ranks[0], popular, scores) + report(run.folder.name, scores, collapse)
+    return verdict(gains(ranks[0]), popular, scores) + report(run.folder.name, scores, collapse)
 
 def gains(ranks):
     """What each user adds to N@10: (U,), of ranks (U,)."""
@@ -1065,10 +1062,10 @@ def mean_and_error(values):
     """"+0.0063 ± 0.0019": the mean of paired differences and its standard error."""
     return f"{values.mean():+.4f} ± {values.std() / math.sqrt(len(values)):.4f}"
 
-def verdict(ranks, popular, scores):
-    """A run in words: against the better of popularity and chance, paired over the test's users."""
+def verdict(ours, popular, scores):
+    """A run in words: its users' gains (U,) against those of popularity or, if better, chance."""
     name = max(("popularity", "chance"), key=lambda name: scores[name]["N@10"])
-    above = gains(ranks) - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
+    above = ours - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
     word = "above" if above.mean() > 0 else "BELOW"
     if above.mean().abs() <= 2 * above.std() / math.sqrt(len(above)):
         word = "not distinguishable from"
@@ -1238,7 +1235,9 @@ def read_vectors(path, domain, source):
             with safetensors.safe_open(path, "pt") as file:
                 names = list(file.keys())
                 vectors = file.get_tensor("fused" if len(names) > 1 else names[0])
-                ids = json.loads((file.metadata() or {}).get("item_ids", json.dumps(ids)))
+                known = file.metadata() or {}
+                if "item_ids" in known:
+                    ids = json.loads(known["item_ids"])
         row = {str(item): number for number, item in enumerate(ids)}
         if vectors.ndim != 2 or not len(vectors) == len(ids) == len(row):
             raise ValueError(f"shape {tuple(vectors.shape)} for {len(row)} different item ids")
@@ -1324,6 +1323,7 @@ def draw(domain, rows, target=None):
     sheet = Image.new("RGB", (590, 116 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     glyph = pen.getfont().getmask
+    blank = bytes(glyph("\uffff"))  # what the font has for a letter that it lacks
     for row, (name, items) in enumerate(rows.items()):
         top = 116 * row + 6
         pen.text((6, top + 24), name, "black")
@@ -1331,7 +1331,7 @@ def draw(domain, rows, target=None):
             left = 106 + 96 * column
             sheet.paste(square_picture(domain.pictures[item], 72), (left, top))
             words = domain.titles[item]
-            if any(bytes(glyph(letter)) == bytes(glyph("\uffff")) for letter in words):
+            if blank in [bytes(glyph(letter)) for letter in words]:
                 words = domain.item_ids[item]
             pen.text((left, top + 76), textwrap.fill(words, 15, max_lines=2), "black")
             if item == target:
@@ -1393,7 +1393,7 @@ def recommend(run, history, k=10):
         e = load_file(path)["fused"]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
-    if commit != commit_of(model):
+    if commit != model.encoder.vlm.commit:
         raise InputError(f"--model {name} has changed since: give --revision {commit}")
     items = [ids.index(item) for item in history]
     z = model.encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
@@ -1446,7 +1446,7 @@ def run_all(configs):
           f"{data.describe(first.domain)}")
     if first.config.model == "tiny" and first.config.domain != "sample" and first.method.modalities:
         print("note: --model tiny has random weights and knows the sample world's words only: it "
-              "tries your files, and says nothing of the method on them")
+              "tries your files, not the method")
     for run in runs:
         check_folder(run)
     for run in runs:
@@ -1472,7 +1472,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|ALLOC_FAILED|allocate memory|MemoryError", repr(error)):
