@@ -744,6 +744,8 @@ def check_prompts(encoder, tokenizer, run):
     vlm = encoder.vlm
     marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE.get(vlm.config.model_type, "")))
     lost = sorted(set(marks) - set(tokenizer.get_vocab()))
+    if run.method.modalities == ("text",):  # no prompt has them
+        lost = []
     if lost or not all([*encoder.titles, encoder.newline, tokenizer.eos_token]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
                          f"{lost}: is tokenizer.json there?")
