@@ -41,6 +41,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import textwrap
 import time
@@ -540,7 +541,7 @@ def complete(config):
         raise InputError(f"--method {config.method} does not read {unread}")
     if config.method == "mean-pool" and not config.embeddings:
         raise InputError("--method mean-pool needs --embeddings")
-    if "cmsa" in METHODS[config.method].more and config.lora_rank % EXPERTS:
+    if config.method == "sda" and config.lora_rank % EXPERTS:
         raise InputError(f"--method sda needs a --lora-rank in multiples of {EXPERTS}")
 
 # ---- Collapse (Section 3): what Fig. 1a and Table 1 measure ----
@@ -550,10 +551,9 @@ def queries(z, e, test):
     spaces = {"f": "fused", "t": "text", "v": "vision"}
     scores = {}
     for name in ("f2f", "t2f", "v2f", "t2t", "v2v"):
-        query, _, items = name
-        if {spaces[query], spaces[items]} <= set(z):
-            ranks = evaluate(z[spaces[query]], e[spaces[items]], test)
-            scores[name] = hits_and_ndcg(ranks)["N@10"]
+        query, items = [spaces[letter] for letter in name.split("2")]
+        if query in z and items in z:
+            scores[name] = hits_and_ndcg(evaluate(z[query], e[items], test))["N@10"]
     return scores
 
 def gradient_cosines(model, batch):
@@ -628,16 +628,27 @@ def token_side(config):
     merged = getattr(config.vision_config, "spatial_merge_size", 0)  # patches
     return merged and merged * config.vision_config.patch_size
 
-def check_family(config, settings):
-    """InputError if a model's config.json is of no family that we know, or of another tower."""
-    if METHODS[settings.method].modalities == ("text",) and not hasattr(config, "vision_config"):
-        return  # a language model
-    if config.model_type not in AROUND_A_PICTURE or config.vision_config.model_type == "pixtral":
-        raise InputError(f"--model is of type {config.model_type}, or its pictures vary in size; "
+def check_model(config, device):
+    """InputError if a model cannot serve, by its config.json alone, before weights are loaded."""
+    if config.model == PAPERS_MODEL and config.device == "auto" and device == "cpu":
+        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
+                         "your files, --device cpu insists")
+    path = data.prepare_model(config.model, Path(config.data_dir))
+    if path.startswith((".", "/")) and not os.path.exists(path):
+        raise InputError(f"--model {path}: there is no such folder")
+    with readable(f"--model {path} does not load"):
+        if os.path.exists(f"{path}/adapter_config.json"):
+            raise ValueError(ADAPTER_INSIDE)
+        known = transformers.AutoConfig.from_pretrained(
+            path, revision=config.revision, trust_remote_code=False)
+    if METHODS[config.method].modalities == ("text",) and not hasattr(known, "vision_config"):
+        return  # a language model will do
+    if known.model_type not in AROUND_A_PICTURE or known.vision_config.model_type == "pixtral":
+        raise InputError(f"--model is of type {known.model_type}, or its pictures vary in size; "
                          f"take one of {', '.join(AROUND_A_PICTURE)}")
-    side = token_side(config)
-    if side and settings.image_size % side:
-        raise InputError(f"--image-size {settings.image_size}: take a multiple of {side}")
+    side = token_side(known)
+    if side and config.image_size % side:
+        raise InputError(f"--image-size {config.image_size}: take a multiple of {side}")
 
 def load_vlm(model, revision, device):
     """(model without its head, tokenizer, image processor; None for a language model's); bfloat16
@@ -645,12 +656,11 @@ def load_vlm(model, revision, device):
     print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    load = functools.partial(transformers.AutoModel.from_pretrained, model, dtype=dtype,
-                             use_safetensors=True, output_loading_info=True, **hub)
+    headless = {r"^model\.(visual|language_model)\.": r"\1."}  # as some save it with its head
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
-        vlm, report = load()
-        if report["missing_keys"]:  # perhaps saved with its head, as transformers 5 names it
-            vlm, report = load(key_mapping={r"^model\.(visual|language_model)\.": r"\1."})
+        vlm, report = transformers.AutoModel.from_pretrained(
+            model, dtype=dtype, use_safetensors=True, key_mapping=headless,
+            output_loading_info=True, **hub)
         if report["missing_keys"]:  # transformers goes on with random weights
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[:3]}")
         if getattr(vlm, "_hf_peft_config_loaded", False):  # ours would replace it in silence
@@ -663,7 +673,8 @@ def load_vlm(model, revision, device):
             processor.crop_to_patches = False  # no family's pictures are cut into tiles
             processor.do_image_splitting = False
             processor.do_pan_and_scan = False
-    vlm.commit = (re.findall("/snapshots/([^/]+)/", file) or [None])[0]  # of the hub's cache
+    commit = re.search("/snapshots/([^/]+)/", file)  # in the hub's cache
+    vlm.commit = commit and commit[1]
     return vlm.to(device).eval().requires_grad_(False), tokenizer, processor
 
 def square_picture(path, side):
@@ -677,14 +688,13 @@ def square_picture(path, side):
 def encode_pictures(vlm, processor, image_size, paths, batch=32):
     """The frozen vision tower's features of N pictures: (N, levels, P, D), on the CPU. Qwen's take
     any size; for the others, the processor scales to the tower's own."""
-    own_size = not token_side(vlm.config)
+    side = image_size if token_side(vlm.config) else 0
     known = inspect.signature(vlm.get_image_features).parameters
     features = None
     for k in bar(range(0, len(paths), batch), "encode pictures"):
-        pictures = [square_picture(path, 0 if own_size else image_size)
-                    for path in paths[k:k + batch]]
+        pictures = [square_picture(path, side) for path in paths[k:k + batch]]
         pictures.append(pictures[0])  # LLaVA-OneVision cuts a picture that is alone into tiles
-        pixels = processor(images=[pictures], do_resize=own_size, return_tensors="pt")
+        pixels = processor(images=[pictures], do_resize=side == 0, return_tensors="pt")
         inputs = {name: pixels[name].to(vlm.device) for name in pixels if name in known}
         encoded = vlm.get_image_features(**inputs)
         if len({len(picture) for picture in encoded.pooler_output}) > 1:
@@ -703,7 +713,6 @@ def build_encoder(run):
     never be another tower's."""
     model = data.prepare_model(run.config.model, Path(run.config.data_dir))
     vlm, tokenizer, processor = load_vlm(model, run.config.revision, run.device)
-    check_family(vlm.config, run.config)
     encode = functools.partial(encode_pictures, vlm, processor, run.config.image_size)
     first = torch.empty(1, 1, 0, 0)  # where no picture is read
     if run.method.modalities != ("text",):
@@ -734,10 +743,10 @@ def check_prompts(encoder, tokenizer, run):
     needs, or a prompt exceeds the context."""
     vlm = encoder.vlm
     marks = re.findall("<[^<>]+>", "".join(AROUND_A_PICTURE.get(vlm.config.model_type, "")))
-    lost = [mark for mark in marks if mark not in tokenizer.get_vocab()]
-    if run.method.modalities == ("text",):
+    lost = sorted(set(marks) - set(tokenizer.get_vocab()))
+    if run.method.modalities == ("text",):  # no prompt has them
         lost = []
-    if not all([*encoder.titles, encoder.newline, tokenizer.eos_token, not lost]):
+    if lost or not all([*encoder.titles, encoder.newline, tokenizer.eos_token]):
         raise InputError(f"the tokenizer of --model {run.config.model} lacks words, an end or "
                          f"{lost}: is tokenizer.json there?")
     most = max(set().union(encoder.picture, encoder.prompt([], "text"), *encoder.titles))
@@ -773,8 +782,8 @@ def add_lora(vlm, config):
         if settings.peft_type != "LORA":
             raise ValueError(f"{settings.peft_type} would not be used")
         lora = peft.get_peft_model(vlm, settings)
-        check_layers(vlm, decoder)
-        if "cmsa" in METHODS[config.method].more:
+        check_layers(vlm, place)
+        if config.method == "sda":
             add_gates(vlm)
         elif config.checkpointing == "on":
             decoder.activation_checkpointing_enable()
@@ -788,19 +797,18 @@ def add_lora(vlm, config):
     lora.print_trainable_parameters()
     return lora
 
-def check_layers(vlm, decoder):
-    """ValueError if LoRA is where no pass comes by; say which of the decoder's matrices are
-    without."""
-    inside = {id(weight) for weight in decoder.parameters()}
-    outside = [name for name, weight in vlm.named_parameters()
-               if weight.requires_grad and id(weight) not in inside]
-    if outside:
-        raise ValueError(f"{outside[0]} would not be used: features are made before it")
-    bare = {".".join(name.split(".")[-2:]) for name, weight in decoder.named_parameters()
-            if weight.ndim > 1 and "lora_" not in name and "base_layer" not in name}
-    bare = sorted(name for name in bare if "embed" not in name)
+def check_layers(vlm, place):
+    """ValueError if LoRA is outside the decoder, which has this place: no pass comes by there.
+    Say which of the decoder's matrices are without."""
+    bare = set()
+    for name, weight in vlm.named_parameters():
+        inside = name.startswith(place)
+        if weight.requires_grad and not inside:
+            raise ValueError(f"{name} would not be used: features are made before it")
+        if inside and weight.ndim > 1 and not re.search("lora_|base_layer|embed", name):
+            bare.add(".".join(name.split(".")[-2:]))
     if bare:
-        print(f"note: without LoRA: {', '.join(bare)}")
+        print(f"note: without LoRA: {', '.join(sorted(bare))}")
 
 # ---- A run: its folder, its log, its tables ----
 
@@ -825,8 +833,8 @@ def run_folder(config):
     return Path(config.out, os.path.basename(source), f"{name}-seed{config.seed}")
 
 def open_run(config, first=None):
-    """Prepare and read what a run needs, or take it from the `first` run of a command. What can be
-    known of the settings is checked before anything is fetched. Raises InputError."""
+    """Prepare and read what a run needs, or take it from the `first` run of a command; what is
+    wrong by itself is refused before. Raises InputError."""
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -846,24 +854,11 @@ def open_run(config, first=None):
         raise InputError(f"take --batch <= --train-users <= {users}, all users")
     return Run(config, METHODS[config.method], device, source, domain, folder, settings)
 
-def check_model(config, device):
-    """What a model's config.json tells, if that is on this machine, without its weights."""
-    if config.model == PAPERS_MODEL and device != config.device == "auto" and device == "cpu":
-        raise InputError(f"{PAPERS_MODEL} (7.5 GB) takes days without CUDA: --model tiny tries "
-                         "your files, --device cpu insists")
-    model = data.prepare_model(config.model, Path(config.data_dir))
-    here = Path(model).exists()
-    if not here and model.startswith((".", "/")):
-        raise InputError(f"--model {model}: there is no such folder")
-    with readable(f"--model {model} does not load") if here else contextlib.suppress(Exception):
-        if Path(model, "adapter_config.json").exists():
-            raise ValueError(ADAPTER_INSIDE)
-        known = transformers.AutoConfig.from_pretrained(
-            model, revision=config.revision, local_files_only=True, trust_remote_code=False)
-        check_family(known, config)
-
-def digest_of(path):
-    """Of a file's content, or of the files that a model's or an adapter's folder is loaded from."""
+def identity(path):
+    """A file, or what a model or an adapter is loaded from in its folder, is known by its content,
+    wherever it lies; all else, such as a model on the hub, by its name."""
+    if path == "tiny" or not os.path.exists(path):
+        return path
     files = [path]
     if os.path.isdir(path):
         files = sorted(file for file in Path(path).iterdir()
@@ -875,8 +870,7 @@ def digest_of(path):
     return content.hexdigest()[:16]
 
 def run_settings(config, first=None):
-    """What a run's numbers depend on. What is given as a file or folder is known by its content,
-    wherever it lies. "paths" and "code" are written beside, and do not tell runs apart."""
+    """What a run's numbers depend on. "paths" and "code", beside it, tell no runs apart."""
     settings = asdict(config)
     for free in ("domain", "data_dir", "out", "device", "checkpointing", "log_every", "save_every"):
         del settings[free]  # change nothing but rounding
@@ -884,11 +878,9 @@ def run_settings(config, first=None):
     for name, path in settings["paths"].items():
         if name != "model" and path and not os.path.exists(path):
             raise InputError(f"--{name} {path}: there is no such file or folder")
-        if first and path == first.settings["paths"][name]:
-            settings[name] = first.settings[name]
-        elif path != "tiny" and os.path.exists(path):
-            settings[name] = digest_of(path)
-    settings["code"] = {"source": digest_of(__file__) + digest_of(data.__file__),
+        known = first and path == first.settings["paths"][name]
+        settings[name] = first.settings[name] if known else identity(path)
+    settings["code"] = {"source": identity(__file__) + identity(data.__file__),
                         "torch": torch.__version__, "transformers": transformers.__version__}
     return settings
 
@@ -903,19 +895,18 @@ def check_folder(run):
     """InputError if a run's folder holds another run; a note, or "", if other code made it."""
     folder = run.folder
     finished = (folder / "table.md").exists()
-    if finished or (folder / "checkpoint.pt").exists():
-        before = read_settings(folder)
-        path = before["paths"]["model"]
-        gone = path == run.config.model and before["model"] != path and not os.path.exists(path)
-        other = differences(before, run.settings, ["model"] if finished and gone else [])
-        if other:
-            raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
-        code = differences(before.get("code", {}), run.settings["code"])
-        if code and "transformers" in code and not finished:
-            raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
-        if code:
-            return f"note: {folder} was made with other code: {code}\n"
-    return ""
+    if not finished and not (folder / "checkpoint.pt").exists():
+        return ""
+    before = read_settings(folder)
+    path = before["paths"]["model"]
+    gone = path == run.config.model and before["model"] != path and not os.path.exists(path)
+    other = differences(before, run.settings, ["model"] if finished and gone else [])
+    if other:
+        raise InputError(f"{folder} holds a run with {other}: remove it or take another --out")
+    code = differences(before.get("code", {}), run.settings["code"])
+    if "transformers" in code and not finished:
+        raise InputError(f"{folder} was begun with {code}: go on with that, or remove it")
+    return f"note: {folder} was made with other code: {code}\n" if code else ""
 
 def read_json(path):
     with readable(f"{path} is missing or damaged"):
@@ -939,12 +930,13 @@ def commit_of(model):
 def trim_log(folder, step):
     """Leave in log.jsonl the lines up to a step: what follows it is done again."""
     path = folder / "log.jsonl"
-    kept = []
-    for line in path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []:
+    path.touch()
+    kept = ""
+    for line in path.read_text("utf-8").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):  # a power cut's
             if json.loads(line)["step"] <= step:
-                kept.append(line.rstrip() + "\n")
-    data.write_text(path, "".join(kept))
+                kept += f"{line}\n"
+    data.write_text(path, kept)
 
 def log_step(folder, step, left, terms, seconds, scores={}):
     """A line on the screen and, with validation's scores at an epoch's end, in log.jsonl; `left`
@@ -998,8 +990,7 @@ def save_adapter(run, lora):
     with readable(f"{folder}/adapter_model.safetensors cannot be written"):
         lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
     with contextlib.suppress(OSError):  # safetensors makes it 0600
-        mode = (folder / "adapter_config.json").stat().st_mode
-        (folder / "adapter_model.safetensors").chmod(mode)
+        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
@@ -1013,7 +1004,7 @@ def make_model(run):
         lora = add_lora(encoder.vlm, config) if run.method.trains or config.adapter else None
         return VLM2Rec(encoder, config), lora
     vectors = None
-    if config.embeddings or config.method == "mean-pool":
+    if config.embeddings:
         vectors = read_vectors(config.embeddings, run.domain, run.source)
     if config.method == "mean-pool":
         return MeanPool(vectors), None
@@ -1035,8 +1026,8 @@ def run_method(run):
         save_adapter(run, lora)
     test = make_evaluation(domain, "test", config.history, config.seed)
     z, e = model.embed(test.histories)
-    for name, tensors, ids in (("item", e, domain.item_ids), ("user", z, domain.user_ids)):
-        save_tensors(run.folder / f"{name}s.safetensors", tensors, {f"{name}_ids": json.dumps(ids)})
+    save_tensors(run.folder / "items.safetensors", e, {"item_ids": json.dumps(domain.item_ids)})
+    save_tensors(run.folder / "users.safetensors", z, {"user_ids": json.dumps(domain.user_ids)})
     draw_users(run, test, z, e, model.score)
     collapse = measure_collapse(z, e, test, scores.get("epochs"))
     scores["commit"] = commit_of(model)
@@ -1063,7 +1054,7 @@ def write_results(run, test, ranks, scores, collapse):
     about = {"domain": domain.name, "method": run.config.method, "seed": run.config.seed,
              "model": run.config.model, "users": len(targets)}
     data.write_text(run.folder / "metrics.json", json.dumps(about | scores | collapse, indent=1))
-    return verdict(ranks[0], popular, scores) + report(run.folder.name, scores, collapse)
+    return verdict(gains(ranks[0]), popular, scores) + report(run.folder.name, scores, collapse)
 
 def gains(ranks):
     """What each user adds to N@10: (U,), of ranks (U,)."""
@@ -1073,10 +1064,10 @@ def mean_and_error(values):
     """"+0.0063 ± 0.0019": the mean of paired differences and its standard error."""
     return f"{values.mean():+.4f} ± {values.std() / math.sqrt(len(values)):.4f}"
 
-def verdict(ranks, popular, scores):
-    """A run in words: against the better of popularity and chance, paired over the test's users."""
+def verdict(ours, popular, scores):
+    """A run in words: its users' gains (U,) against those of popularity or, if better, chance."""
     name = max(("popularity", "chance"), key=lambda name: scores[name]["N@10"])
-    above = gains(ranks) - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
+    above = ours - (gains(popular) if name == "popularity" else scores["chance"]["N@10"])
     word = "above" if above.mean() > 0 else "BELOW"
     if above.mean().abs() <= 2 * above.std() / math.sqrt(len(above)):
         word = "not distinguishable from"
@@ -1108,8 +1099,7 @@ def report(name, scores, collapse):
                    for title, rows in tables.items())
 
 def table(title, rows):
-    """Named rows of scores as Markdown, without those that are None; the last row's columns."""
-    rows = {name: row for name, row in rows.items() if row}
+    """Named rows of scores as Markdown, with the columns of the last."""
     columns = list(next(reversed(rows.values()), []))
     lines = [[title, *columns], ["---"] * (1 + len(columns))]
     for name, row in rows.items():
@@ -1122,9 +1112,9 @@ def execute(run):
     print(check_folder(run), end="")
     folder = run.folder
     tables = folder / "table.md"
-    shared = folder.parent / "table.md"
-    begins = not tables.exists()
-    if begins:
+    if tables.exists():
+        others = comparison(folder.parent, run.settings)
+    else:
         folder.resolve().mkdir(parents=True, exist_ok=True)  # a link may lead nowhere
         with data.lock(folder):
             data.write_text(folder / "config.json", json.dumps(run.settings, indent=1))
@@ -1132,13 +1122,12 @@ def execute(run):
             data.write_csv(folder / "dropped.csv", header, run.domain.dropped_items)
             data.write_text(tables, run_method(run))
             (folder / "checkpoint.pt").unlink(missing_ok=True)
+        shared = folder.parent / "table.md"
+        with data.lock(shared, wait=True):
+            others = comparison(folder.parent, run.settings)
+            data.write_text(shared, others)
     when = time.ctime(tables.stat().st_mtime)
-    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}")
-    with data.lock(shared, wait=True) if begins else contextlib.nullcontext():
-        text = comparison(folder.parent, run.settings)
-        if begins:
-            data.write_text(shared, text)
-    print(text)
+    print(f"\n{folder} is finished since {when}\n\n{tables.read_text('utf-8')}\n{others}")
 
 # ---- All finished runs of a domain beside one another (Tables 2, 5) ----
 
@@ -1248,7 +1237,9 @@ def read_vectors(path, domain, source):
             with safetensors.safe_open(path, "pt") as file:
                 names = list(file.keys())
                 vectors = file.get_tensor("fused" if len(names) > 1 else names[0])
-                ids = json.loads((file.metadata() or {}).get("item_ids", json.dumps(ids)))
+                known = file.metadata() or {}
+                if "item_ids" in known:
+                    ids = json.loads(known["item_ids"])
         row = {str(item): number for number, item in enumerate(ids)}
         if vectors.ndim != 2 or not len(vectors) == len(ids) == len(row):
             raise ValueError(f"shape {tuple(vectors.shape)} for {len(row)} different item ids")
@@ -1329,15 +1320,12 @@ class SequenceRecommender(nn.Module):
 
 # ---- Recommendations to look at ----
 
-def best_items(scores, owned, k):
-    """The k best scores (N,) and their items, without what is owned."""
-    return scores.index_fill(0, torch.tensor(owned), -torch.inf).topk(k)
-
 def draw(domain, rows, target=None):
     """Rows of at most five items and their titles, or ids where the font has no such letters."""
     sheet = Image.new("RGB", (590, 116 * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
     glyph = pen.getfont().getmask
+    blank = bytes(glyph("\uffff"))  # what the font has for a letter that it lacks
     for row, (name, items) in enumerate(rows.items()):
         top = 116 * row + 6
         pen.text((6, top + 24), name, "black")
@@ -1345,7 +1333,7 @@ def draw(domain, rows, target=None):
             left = 106 + 96 * column
             sheet.paste(square_picture(domain.pictures[item], 72), (left, top))
             words = domain.titles[item]
-            if any(bytes(glyph(letter)) == bytes(glyph("\uffff")) for letter in words):
+            if blank in [bytes(glyph(letter)) for letter in words]:
                 words = domain.item_ids[item]
             pen.text((left, top + 76), textwrap.fill(words, 15, max_lines=2), "black")
             if item == target:
@@ -1372,10 +1360,10 @@ def draw_users(run, test, z, e, score):
     sheets = []
     for user in (0, len(test.targets) // 2):
         sheet = draw(run.domain, *protocol_rows(run, test, z, e, score, user))
-        heading = Image.new("RGB", (sheet.width, 24), "white")
+        sheet = ImageOps.expand(sheet, (0, 24, 0, 0), "white")
         words = f"{run.config.method}, user {run.domain.user_ids[user]}; green: bought next"
-        ImageDraw.Draw(heading).text((6, 8), words, "black")
-        sheets.append(numpy.vstack([heading, sheet]))
+        ImageDraw.Draw(sheet).text((6, 8), words, "black")
+        sheets.append(sheet)
     with data.whole_file(run.folder / "recommendations.png") as partial:
         Image.fromarray(numpy.hstack(sheets)).save(partial, "PNG")
 
@@ -1394,24 +1382,25 @@ def recommend(run, history, k=10):
         f"{run.domain.name} lacks {' '.join(unknown)} (--recommend comes last)": unknown}
     for why in filter(wrong.get, wrong):
         raise InputError(f"{run.folder} cannot recommend: {why}")
-    known = {name: before[name] for name in asdict(run.config) if name in before}
-    known["adapter"] = str(adapter) if adapter.exists() else ""
-    known["model"] = run.config.model
-    if run.settings["model"] != before["model"]:  # given by another path, or not given
-        known["model"] = before["paths"]["model"]
+    name = run.config.model
+    if run.settings["model"] != before["model"]:  # it is not given, or has changed
+        name = before["paths"]["model"]
+        if identity(name) != before["model"]:
+            raise InputError(f"the files of --model {name} have changed since {run.folder}")
+    known = {flag: before[flag] for flag in asdict(run.config) if flag in before}
+    known |= {"model": name, "adapter": str(adapter) if adapter.exists() else ""}
     run = run._replace(config=replace(run.config, **known))
-    if run_settings(run.config)["model"] != before["model"]:
-        raise InputError(f"the files of --model {known['model']} have changed since {run.folder}")
     path = run.folder / "items.safetensors"
     with readable(f"{path} is missing or damaged"):
         e = load_file(path)["fused"]
-    items = [ids.index(item) for item in history]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
-    if commit != commit_of(model):
-        raise InputError(f"--model {known['model']} has changed since: give --revision {commit}")
+    if commit != model.encoder.vlm.commit:
+        raise InputError(f"--model {name} has changed since: give --revision {commit}")
+    items = [ids.index(item) for item in history]
     z = model.encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
-    best = zip(*best_items(cosine(z, e)[0], items, k))
+    scores = cosine(z, e)[0].index_fill(0, torch.tensor(items), -torch.inf)  # (N,)
+    best = zip(*scores.topk(k))
     return [(ids[item], run.domain.titles[item], score.item()) for score, item in best]
 
 # ---- The command ----
@@ -1459,7 +1448,7 @@ def run_all(configs):
           f"{data.describe(first.domain)}")
     if first.config.model == "tiny" and first.config.domain != "sample" and first.method.modalities:
         print("note: --model tiny has random weights and knows the sample world's words only: it "
-              "tries your files, and says nothing of the method on them")
+              "tries your files, not the method")
     for run in runs:
         check_folder(run)
     for run in runs:
@@ -1485,7 +1474,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
+    except (InputError, OSError, FloatingPointError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|ALLOC_FAILED|allocate memory|MemoryError", repr(error)):
