@@ -12,10 +12,10 @@ lags behind, and keeps both modalities' neighbourhoods alike.
 Task 1 ranks items by the cosine of their embeddings with a history's. In Task 2 the items'
 embeddings are the input of another recommender, SASRec or GRU4Rec. Protocol, leave-one-out:
     target      test: a user's last item; validation: the one before; training: the one before
-                that, and no other (Task 2: every item)
+                that alone (Task 2: the items of its history too)
     history     the latest 10 items before the target
     negatives   training: the batch's other targets, except what the user has by then;
-                evaluation: 100 items outside the user's sequence, drawn once per seed
+                evaluation: 100 items outside the user's sequence, by seed, split and user
 
 A training step makes four forward passes: histories and targets, each as text and as pictures.
 Validation chooses the epoch; the test split is scored once, after training.
@@ -25,8 +25,8 @@ Glossary, code -> paper:
     sim, mask     s(z_u, e_j) of a batch's users and targets; N_u: which are negatives for whom
     gap, weight   Delta_u,gap and w_u,pen
     tau           tau and tau_WPCL; tau_crtr: tau_CRTR; lam: lambda
-    B, U, n, N, C users in a batch, in a ranking; histories in a call; items; candidates of a user
-    L, P, D       tokens of a prompt, of a picture; width of an embedding (H@k, N@k are metrics)
+    shapes        B users of a batch, U of a ranking; n histories of a call; N items, C candidates
+                  of a user; L tokens of a prompt, P of a picture; D width of an embedding
 """
 import argparse
 import contextlib
@@ -41,7 +41,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -108,8 +107,7 @@ def setting(default, help, **flag):
 
 @dataclass
 class Config:
-    """Every setting of a run. The defaults are the paper's unless the line says otherwise; what is
-    None depends on others, and is filled in by `complete`. Raises InputError."""
+    """A run's settings, the paper's unless a line says otherwise; None depends: see `complete`."""
     domain: str = setting("sample", "a path or, under --data-dir, also " + ", ".join(data.KNOWN))
     method: str = setting("vlm2rec", ", ".join(METHODS), nargs="+", choices=METHODS, metavar="NAME")
     model: str = setting(None, f"hub name or folder; sample: tiny; else {PAPERS_MODEL}")
@@ -125,7 +123,7 @@ class Config:
     history: int = setting(10, "latest items of a user in the prompt")
     image_size: int = setting(None, "side of a picture in pixels; tiny: 56; else 168, ours")
     lr: float = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5")
-    alpha: float = setting(1.0, "its start, ours; from about 5 on the gap acts, and text pays")
+    alpha: float = setting(1.0, "its start, ours; below 5 the gap hardly acts, above it costs text")
     penalty_lr: float = setting(1e-5, "AdamW's for alpha and beta; 0: frozen")
     tau: float = setting(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = setting(1.0, "and of the topology loss; paper: .001, .01, .1 or 1")
@@ -158,8 +156,8 @@ def passes_by_length(lengths, tokens):
     return passes
 
 def picture_inputs(vlm, features, ids):
-    """What a model takes in place of pixels: features (n, levels, P, D) of the n pictures in ids
-    (B, L), which transformers puts in the place of their tokens."""
+    """What a pass takes in place of pixels: the tower's features (n, levels, P, D) of n pictures,
+    which transformers puts where ids (B, L) have the pictures' tokens, in order."""
     device = vlm.get_decoder().device
     first, *deep = features.to(device).unbind(dim=1)  # (n, P, D) each
     if vlm.config.model_type not in ("internvl", "gemma3"):  # these take a tensor, not a tuple
@@ -180,9 +178,9 @@ def picture_inputs(vlm, features, ids):
 class Encoder:
     """Phi of Eq. 1: histories in one modality in, the last tokens' states out.
     The prompts P_T and P_V are the titles or the pictures in order, a newline between two, and one
-    closing token; an item is a history of one. The paper's template is missing from our text. The
-    vision tower and its projector are frozen, so their features of the items (N, levels, P, D) are
-    computed once, and no pass needs them; Qwen3-VL's DeepStack has several levels."""
+    closing token; an item is a history of one. Our copy of the paper lacks its template. Only LoRA
+    learns. Vision tower and projector are frozen, so what they make of the items' pictures, the
+    features (N, levels, P, D), is computed once; Qwen3-VL's DeepStack has several levels."""
     def __init__(self, vlm, tokenizer, titles, features):
         self.vlm = vlm
         self.features = features
@@ -262,7 +260,7 @@ def cosine(z, e):
 def negative_mask(targets, earlier):
     """N_u as a mask (B, B): which of the batch's targets (B,) are negatives for which user.
     The paper does not say. We leave out what the user has by then: the target itself, and all items
-    before it (`earlier`); not what comes later, which training must not know."""
+    before it (`earlier`). Later ones stay in: training must not know them."""
     mask = targets[:, None] != targets[None, :]
     for user, items in enumerate(earlier):
         mask[user] &= ~torch.isin(targets, torch.tensor(items, dtype=targets.dtype))
@@ -288,7 +286,7 @@ def discriminative_margin(sim, mask):
 
 def modality_gap(margin_text, margin_vision, stop_gradient=True):
     """Delta_u,gap = sg[M_strong] - M_weak (Eqs. 7, 8): (B,), at least 0, of margins (B,).
-    Which modality is the weak one is decided for each user in each step. The stop-gradient leaves
+    Weak is the modality of the smaller margin, for each user in each step. The stop-gradient leaves
     the loss one way to close the gap: raise the weak margin, not lower the strong one."""
     strong = torch.maximum(margin_text, margin_vision)
     weak = torch.minimum(margin_text, margin_vision)
@@ -340,9 +338,9 @@ def objective(sim, sim_text, sim_vision, mask, alpha, beta, tau=0.1, tau_crtr=1.
 
 class Penalty(nn.Module):
     """The learnable alpha and beta of Eq. 9, positive through softplus; beta starts at 1.
-    They can only fall: a user's loss is log(1 + w R), R = sum exp(s- / tau) / exp(s+ / tau), which
-    grows with w, and w with both. A high learning rate would switch the method off; so they have
-    their own, the paper's 1e-5, whatever LoRA's is."""
+    At alpha 1 the weights are nearly even, 1.7 to 2.1. Both can only fall: a user's loss is
+    log(1 + w R), R = sum exp(s- / tau) / exp(s+ / tau), which grows with w, and w with both. A high
+    learning rate would switch the method off; so they have their own, the paper's 1e-5."""
     def __init__(self, alpha=1.0):
         super().__init__()
         self.raw = nn.Parameter(torch.tensor([alpha, 1.0]).expm1().log())  # before the softplus
@@ -404,15 +402,17 @@ def hits_and_ndcg(ranks):
 
 def evaluate(z, e, cases, score=cosine, full=False):
     """Ranks (U,) of the targets, by score(z, e) of z (U, D) and e (N, D), among their 100
-    negatives or, in full, among all items except the user's others."""
+    negatives or, in full, among all items outside the user's sequence."""
     ranks = []
     for users in torch.arange(len(z)).split(1024):
         scores = score(z[users], e)  # (1024, N)
         target = scores.gather(1, cases.targets[users, None]).squeeze(1)
-        others = scores if full else scores.gather(1, cases.negatives[users])
         if full:
+            others = scores
             for row, user in enumerate(users.tolist()):
-                scores[row, cases.sequences[user]] = -torch.inf
+                others[row, cases.sequences[user]] = -torch.inf
+        else:
+            others = scores.gather(1, cases.negatives[users])
         ranks.append(target_rank(target, others))
     return torch.cat(ranks)
 
@@ -465,8 +465,7 @@ class VLM2Rec(nn.Module):
                 self.encoder.embed(catalogue, self.method.modalities))
 
 def validate(model, valid, batch=None):
-    """H@k and N@k of the model as it is and, with two modalities, Fig. 1a's and, on a batch that
-    stays the same, Fig. 1b's figures."""
+    """H@k, N@k and, with two modalities, Fig. 1a's figures and Fig. 1b's, always on one batch."""
     z, e = model.embed(valid.histories)
     scores = hits_and_ndcg(evaluate(z["fused"], e["fused"], valid, model.score))
     if set(BOTH) <= set(z):
@@ -518,7 +517,7 @@ def train(model, domain, valid, config, folder):
     model.load_state_dict(progress["kept"])
     return progress["scores"], progress["best"]
 
-# ---- The method ends here. What follows runs it: none of it is needed to understand it. ----
+# ---- The method ends here. What follows runs it; `add_lora` says which weights are trained. ----
 
 def complete(config):
     """Fill in what depends on other settings; InputError for what is out of range or not read."""
@@ -952,8 +951,8 @@ def log_step(folder, step, left, terms, seconds, scores={}):
         file.write(json.dumps(line | scores) + "\n")
 
 def save_checkpoint(folder, model, optimizer, progress):
-    """What a killed run needs to go on to the same numbers; whole or not at all. Raises
-    FloatingPointError, and leaves the last one, if a weight is not finite."""
+    """All that a killed run needs to go on to the same bytes, as order and dropout are seeded;
+    whole or not at all. FloatingPointError, and the last one stays, if a weight is not finite."""
     if not all(weight.isfinite().all() for weight in model.parameters()):
         raise FloatingPointError(f"by step {progress['step']} a weight is not finite; lower --lr")
     progress["commit"] = commit_of(model)
@@ -990,7 +989,8 @@ def save_adapter(run, lora):
     with readable(f"{folder}/adapter_model.safetensors cannot be written"):
         lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
     with contextlib.suppress(OSError):  # safetensors makes it 0600
-        shutil.copymode(folder / "adapter_config.json", folder / "adapter_model.safetensors")
+        mode = (folder / "adapter_config.json").stat().st_mode
+        (folder / "adapter_model.safetensors").chmod(mode)
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
