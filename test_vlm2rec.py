@@ -364,52 +364,73 @@ def test_validation_scores_everybody_or_2000_fixed_by_the_seed():
     assert users(3000, 0) == some != users(3000, 1)
 
 class Walker(torch.nn.ParameterList):
-    """A model that goes one down in each step."""
-    def __init__(self, batch, epochs, patience=math.inf):
+    """A model that goes one down in each step, takes notes, and is scored as it was told."""
+    def __init__(self, batch, epochs, patience=math.inf, scores=itertools.repeat(0.0)):
         super().__init__([torch.zeros(1)])
         self.groups = [{"params": self.parameters(), "lr": 1.0}]
         self.batch, self.epochs, self.patience = batch, epochs, patience
-        self.seen = []
+        self.scores = iter(scores)
+        self.seen, self.noise, self.watched = [], [], []
     def terms(self, batch):
         self.seen.append(batch)
+        self.noise.append(torch.rand(1).item())
         return {"loss": self[0].sum()}
-
-def batches_seen(domain, batch, epochs, folder, **settings):
-    """The batches of a whole training."""
-    model = Walker(batch, epochs)
-    with patch.object(vlm2rec, "validate", return_value={"N@10": 0.0}):
-        vlm2rec.train(model, domain, None, vlm2rec.Config(save_every=10**6, **settings), folder)
-    (folder / "checkpoint.pt").unlink()
-    return model.seen
+    def walk(self, domain, folder, **settings):
+        """What `train` returns of a training from the first step on."""
+        def validate(model, valid, batch):
+            self.watched.append(batch)
+            return {"N@10": next(self.scores)}
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        config = vlm2rec.Config(**{"save_every": 10**6, **settings})
+        with patch.object(vlm2rec, "validate", validate):
+            return vlm2rec.train(self, domain, None, config, folder)
 
 def test_training_batches_by_hand(tmp_path):
     domain = by_hand([list(range(13)), [20, 21, 22, 23, 24], *3 * [[30, 31, 32, 33, 34]]], 60)
-    batches = batches_seen(domain, 2, 3, tmp_path, history=4)
-    assert [len(batch) for batch in batches] == [2, 2, 2, 2, 2, 2]  # the fifth user waits
-    samples = [sample for batch in batches for sample in batch]
+    model = Walker(2, 3)
+    model.walk(domain, tmp_path, history=4)
+    assert [len(batch) for batch in model.seen] == [2, 2, 2, 2, 2, 2]  # the fifth user waits
+    samples = sum(model.seen, [])
     assert ([6, 7, 8, 9], 10, list(range(10))) in samples  # 11 and 12 are unseen
     assert ([20, 21], 22, [20, 21]) in samples
+    assert len(set(model.noise)) == 6  # dropout is another one in each step
 
 def test_the_seed_decides_the_users_and_their_order(tmp_path):
     domain = by_hand([[user, 100, 101, 102, 103] for user in range(50)], items=104)
     def users(seed, count):  # of two epochs in batches of three, in order
-        batches = batches_seen(domain, 3, 2, tmp_path, train_users=count, seed=seed)
-        order = [earlier[0] for batch in batches for _, _, earlier in batch]
+        model = Walker(3, 2)
+        model.walk(domain, tmp_path, train_users=count, seed=seed)
+        order = [earlier[0] for _, _, earlier in sum(model.seen, [])]
         return order[:len(order) // 2], order[len(order) // 2:]
     first, second = users(0, 7)
     assert len(set(first)) == len(set(second)) == 6 and len({*first, *second}) <= 7
     assert first != second and users(0, 7) == (first, second)
     assert users(0, 7)[0] != users(1, 7)[0] and users(0, None) != users(1, None)
 
-def test_an_evaluation_by_hand():
-    domain = by_hand([[0, 1, 2, 3, 4], [9, 8, 7, 6, 5]], items=120)
-    for split, histories, targets in (("test", [[1, 2, 3], [8, 7, 6]], [4, 5]),
-                                      ("valid", [[0, 1, 2], [9, 8, 7]], [3, 6])):
-        found = vlm2rec.make_evaluation(domain, split, 3, seed=7)
-        assert list(found.histories) == histories and found.targets.tolist() == targets
-        drawn = [vlm2rec.draw_negatives(user, domain.sequences[int(user)], 120, split, 7)
-                 for user in "01"]
-        assert found.negatives.tolist() == drawn
+@pytest.mark.parametrize("scores, kept", [
+    ([.4, .3, .2], 0),         # the untrained model is a candidate; two epochs without a gain
+    ([.1, .1, .1], 0),         # an equal score is no gain
+    ([.1, .3, .2, .2], -2),    # the first epoch, two steps down
+    ([.1, .2, .3, .4, .5], -8)])
+def test_the_best_epoch_on_validation_is_kept(scores, kept, tmp_path):
+    domain = by_hand([[user, 5, 6, 7, 8] for user in range(4)], 9)
+    model = Walker(2, 4, patience=2, scores=scores)  # four epochs of two steps
+    found = model.walk(domain, tmp_path)
+    assert model[0].item() == pytest.approx(kept, abs=1e-4) and not list(model.scores)
+    best = {0: 0, -2: 1, -8: 4}[kept]
+    assert found == ([{"N@10": score} for score in scores], best)
+    assert model.watched == model.watched[:1] * len(scores)  # Fig. 1b's batch stays the same
+
+def test_a_weight_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path):
+    model = Walker(2, 2)
+    def terms(batch, own=model.terms):
+        loss = own(batch)["loss"]
+        return {"loss": loss * math.inf if len(model.seen) == 3 else loss}  # in step 3
+    model.terms = terms
+    with pytest.raises(FloatingPointError, match="by step 3 a weight is not finite; lower --lr"):
+        model.walk(by_hand(8 * [[0, 1, 2, 3, 4]], 5), tmp_path, save_every=1)
+    [weights, _, progress] = torch.load(tmp_path / "checkpoint.pt")
+    assert weights["0"].item() == pytest.approx(-2, abs=1e-4) and progress["step"] == 2
 
 def test_ranks_by_hand_a_tie_counts_half_and_nan_or_inf_stops():
     target = torch.full((3,), 0.5)
@@ -546,18 +567,22 @@ def test_one_batch_can_be_overfitted_while_alpha_and_beta_keep_their_own_rate(ho
     assert losses[0] > 1.5 and losses[-1] < 0.2
     assert all(1 - 40 * 1e-5 < value < 1 for value in model.penalty())
 
-def test_a_prompt_beyond_the_context_is_refused_before_the_catalogue_is_encoded(
-        home, own_model, monkeypatch):
+def test_a_prompt_beyond_the_context_is_refused(home, own_model, monkeypatch):
     """The longest has 5 times 4 + 2 tokens, 4 newlines and the end: 35."""
     run = open_small(home, history=5, model=str(own_model), image_size=56)
     text = (own_model / "config.json").read_text()
     def build(context):
         (own_model / "config.json").write_text(text.replace(": 8192", f": {context}"))
-        vlm2rec.build_encoder(run)
-    build(35)
+        return vlm2rec.build_encoder(run)
+    encoder = build(35)
     monkeypatch.setattr(data, "prepare", None)  # the catalogue is not encoded before
-    with refused("has 35 tokens, the model holds 34: .*--history"):
+    too_long = "has 35 tokens, the model holds 34: .*--history"
+    with refused(too_long):
         build(34)
+    encoder.vlm.config.get_text_config().max_position_embeddings = 34
+    encoder.embed([4 * [7]], ["vision"])
+    with refused(too_long):  # of a new history
+        encoder.embed([5 * [7]], ["vision"])
 
 # Ten families of models: tiny checkpoints with random weights ------------------------------------
 
@@ -707,7 +732,7 @@ def test_the_features_are_those_of_this_picture_size_these_pictures_and_this_tow
     tensors(lambda w: {k: w[k] * (1 + ("visual" in k)) for k in w})(own_model / "model.safetensors")
     assert (features(model=str(own_model)) - first).abs().max() > 0.1
 
-def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_path, capsys):
+def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_path, capsys, told):
     """The paper's LLM rows, by a tiny Qwen2."""
     own = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
         vocab_size=434, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
@@ -721,7 +746,7 @@ def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_pa
     expected = own.model(ids).last_hidden_state[0, -1].detach()
     torch.testing.assert_close(e["fused"][77], expected, atol=1e-5, rtol=0)
     capsys.readouterr()
-    told(capsys, command(few, *flags), "--model is of type qwen2")
+    told(command(few, *flags), "--model is of type qwen2")
 
 @pytest.mark.parametrize("family, text, adapted, note", [
     ("llava", {"model_type": "phi3", "bos_token_id": 1, "eos_token_id": 1},
@@ -783,17 +808,17 @@ def test_fig_1b_compares_each_modalitys_own_gradient_with_the_losss(home):
     """With a dropout that they share, and a user without a negative."""
     model = lora_model(home, lora_dropout=0.2)
     batch = [([3, 8], 5, [9, 3, 8]), ([7], 9, [7, 5]), ([4], 12, [4]), ([2], 6, [12, 9, 5])]
+    assert model.terms(batch)["loss"] != model.terms(batch)["loss"]  # there is dropout
+    def loss(space):
+        if space == "fused":
+            return model.terms(batch)["loss"]
+        z, e, mask = model(batch)
+        sim = vlm2rec.cosine(z[space], e[space])
+        return vlm2rec.weighted_info_nce(sim, mask, torch.ones(4), 0.1)
     def gradient(space):
         torch.manual_seed(0)
-        model.encoder.vlm.train()
-        z, e, mask = model(batch)
-        sim = {space: vlm2rec.cosine(z[space], e[space]) for space in z}
-        if space == "fused":
-            sims = (sim["fused"], sim["text"], sim["vision"])
-            loss = vlm2rec.objective(*sims, mask, ONE, ONE)["loss"]
-        else:
-            loss = vlm2rec.weighted_info_nce(sim[space], mask, torch.ones(4), 0.1)
-        return torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(model.lora))])
+        parts = torch.autograd.grad(loss(space), list(model.lora))
+        return torch.cat([part.flatten() for part in parts])
     whole, *parts = map(gradient, ("fused", *MODALITIES))
     expected = [torch.cosine_similarity(whole, own, dim=0).item() for own in parts]
     found = vlm2rec.gradient_cosines(model, batch)
@@ -824,10 +849,6 @@ def test_downstream_models_learn_a_walk_from_ids_and_from_vectors(kind, vectors)
         losses += [-scores[place, item] for place, item in enumerate(rows[1:])]
     batch = [([3, 5], 7, []), ([9], 2, []), ([0, 4, 0], 8, [])]
     torch.testing.assert_close(model.terms(batch)["loss"], torch.stack(losses).mean())
-
-def test_mean_pool_is_the_mean_of_a_historys_vectors():
-    z, _ = vlm2rec.MeanPool(torch.eye(2)).embed([[0, 1], [1]])
-    assert z["fused"].tolist() == [[0.5, 0.5], [0, 1]]
 
 def test_item_vectors_of_any_type_and_order_are_read_and_what_does_not_fit_is_refused(
         home, tmp_path):
@@ -1587,13 +1608,21 @@ def test_ctrl_c_ends_in_one_line_at_once(shop, tmp_path):
 COLOUR = lambda k: (k, 5 * k % 256, 255 - k)  # of item k's picture
 LONG = "Halma basket 7 " * 30  # 90 words of the tiny model, each of them a token
 
+def bought(n):
+    """The items of few's user n, oldest first."""
+    return [(20 * n + j) * 7 % 130 for j in range(20)]
+
+def negatives_of(n, split="test", seed=0):
+    drawn = random.Random(f"{seed} {split} u{n}").sample(range(130), 120)
+    return [item for item in drawn if item not in bought(n)][:100]
+
 def write_few(folder):
     """A domain of 33 users with 20 of 130 items each: a run takes a second."""
     ids = [f"i{k}" if k != 14 else "-b14" for k in range(130)]  # ids may begin with a dash
     titles = [f"{data.BRANDS[k % 8]} {data.NOUNS[k // 8 % 8]} {k % 100}" for k in range(130)]
     titles[3:6] = [f"{LONG} kite", f"{LONG} drum", f"Arvo {LONG}"]  # two begin alike
     items = [[item, titles[k], f"images/{k}.png"] for k, item in enumerate(ids)]
-    events = [[f"u{n // 20}", ids[n * 7 % 130], n] for n in range(660)]
+    events = [[f"u{n}", ids[item], j] for n in range(33) for j, item in enumerate(bought(n))]
     write_domain(folder, [*items, ["lost", "Arvo kite", "none.png"]], events, pictures=False)
     for k in range(130):
         Image.new("RGB", (40, 40), COLOUR(k)).save(folder / f"images/{k}.png")
@@ -1629,11 +1658,15 @@ def copied(finished, few, tmp_path):
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
-def told(capsys, code, *words):
-    """Exit code 2, or 130 after Ctrl-C, came with one line, which holds these words."""
-    error = capsys.readouterr().err.strip()
-    assert re.fullmatch("error: .*", error) and code == (130 if "stopped" in error else 2), error
-    assert all(word in error for word in words), error
+@pytest.fixture
+def told(capsys):
+    """That exit code 2, or 130 after Ctrl-C, came with one line, which holds these words."""
+    def check(code, *words):
+        error = capsys.readouterr().err.strip()
+        assert re.fullmatch("error: .*", error), error
+        assert code == (130 if "stopped" in error else 2)
+        assert all(word in error for word in words), error
+    return check
 
 def log_of(folder, word="loss"):
     """The lines of training steps, or of validations, which have an "epoch"."""
@@ -1650,6 +1683,7 @@ def test_a_run_writes_what_the_design_says(finished, few):
     files = ("adapter config.json dropped.csv items.safetensors log.jsonl metrics.json ranks.csv "
              "recommendations.png table.md users.safetensors")
     assert sorted(os.listdir(finished)) == files.split()
+    assert len({path.stat().st_mode for path in (finished / "adapter").iterdir()}) == 1
     assert "\nlost,no file,none.png" in (finished / "dropped.csv").read_text()
     assert [line["step"] for line in log_of(finished)] == list(range(1, 9))
     printed = (few / "printed").read_text()
@@ -1687,55 +1721,56 @@ def test_the_runs_table_shows_the_metrics_as_they_are(finished):
         cells = [f"{value:.4f}" for value in values.values()]
         assert rows[row].split(" | ")[:len(cells)] == cells[:rows[row].count("|") + 1]
 
-@pytest.mark.parametrize("method, seed", [("vlm2rec", 0), ("mean-pool", 1)])
-def test_the_metrics_are_those_of_the_exported_files(method, seed, finished, few, tmp_path):
-    """User n bought the items 7 (20 n + j) mod 130, the last one is the target. What the metrics
-    are of ranks and of distances is held by hand and by loops above."""
-    folder = finished
-    if method == "mean-pool":
-        numpy.save(tmp_path / "v.npy", numpy.random.default_rng(0).normal(size=(131, 9)))
-        flags = ["--method", method, "--seed", seed, "--history", 6, "--out", tmp_path]
-        assert command(few, *flags, "--embeddings", tmp_path / "v.npy") == 0
-        folder = next((tmp_path / "few").glob("mean-pool*-seed1"))
-    item_ids, e = vectors_of(folder, "item")
-    user_ids, z = vectors_of(folder, "user")
-    own = [[(20 * n + j) * 7 % 130 for j in range(20)] for n in range(33)]
-    def negatives_of(split):
-        drawn = [random.Random(f"{seed} {split} u{n}").sample(range(130), 120) for n in range(33)]
-        return [[item for item in drawn[n] if item not in own[n]][:100] for n in range(33)]
-    def ranks(query, items, candidates, place=-1):
-        found = []
-        for n in range(33):
-            scores = torch.cosine_similarity(z[query][[n]], e[items])
-            found.append(1 + (scores[candidates[n]] > scores[own[n][place]]).sum())
-        return torch.stack(found)
-    def measured(*query):
-        return pytest.approx(vlm2rec.hits_and_ndcg(ranks(*query)))
-    negatives = negatives_of("test")
-    others = [[item for item in range(130) if item not in own[n]] for n in range(33)]
-    metrics = metrics_of(folder)
-    assert metrics["test"] == measured("fused", "fused", negatives)
-    assert metrics["test_full"] == measured("fused", "fused", others)
-    places = [ranks("fused", "fused", candidates).tolist() for candidates in (negatives, others)]
-    rows = data.read_csv(folder / "ranks.csv", ("user_id", "item_id", "rank", "rank_full"))
+def ranks_of(z, e, candidates, place=-1):
+    """Of few's users (33, D) and items (130, D): the ranks of what each bought in this place."""
+    ranks = []
+    for n in range(33):
+        scores = torch.cosine_similarity(z[[n]], e)
+        ranks.append(1 + (scores[candidates[n]] > scores[bought(n)[place]]).sum())
+    return torch.stack(ranks)
+
+def scores_of(*given):
+    return pytest.approx(vlm2rec.hits_and_ndcg(ranks_of(*given)))
+
+def test_the_metrics_are_those_of_the_exported_files(finished):
+    """What the metrics are of ranks and of distances is held by hand and by loops above."""
+    item_ids, e = vectors_of(finished, "item")
+    user_ids, z = vectors_of(finished, "user")
+    own = [bought(n) for n in range(33)]
+    negatives = [negatives_of(n) for n in range(33)]
+    others = [sorted({*range(130)} - {*items}) for items in own]
+    metrics = metrics_of(finished)
+    ranks = [ranks_of(z["fused"], e["fused"], candidates) for candidates in (negatives, others)]
+    for name, found in zip(("test", "test_full"), ranks):
+        assert metrics[name] == pytest.approx(vlm2rec.hits_and_ndcg(found))
+    rows = data.read_csv(finished / "ranks.csv", ("user_id", "item_id", "rank", "rank_full"))
     for n, (_, user, item, *found) in enumerate(rows):
         assert (user, user_ids[n], item) == (f"u{n}", f"u{n}", item_ids[own[n][-1]])
-        assert list(map(float, found)) == [places[0][n], places[1][n]]
-    if method == "mean-pool":
-        assert not {"queries", "geometry", "gradient", "untrained"} & set(metrics)
-        z["valid"] = torch.stack([e["fused"][items[-8:-2]].mean(dim=0) for items in own])
-        assert metrics["valid"] == measured("valid", "fused", negatives_of("valid"), -2)
-        return
+        assert list(map(float, found)) == [ranks[0][n], ranks[1][n]]
     spaces = {"f": "fused", "t": "text", "v": "vision"}
-    queries = {f"{a}2{b}": ranks(spaces[a], spaces[b], negatives)
-               for a, b in ("ff", "tf", "vf", "tt", "vv")}
-    assert metrics["queries"]["N@10"] == pytest.approx(
-        {name: vlm2rec.hits_and_ndcg(found)["N@10"] for name, found in queries.items()})
+    assert [*metrics["queries"]["N@10"]] == ["f2f", "t2f", "v2f", "t2t", "v2v"]
+    for (query, _, items), value in metrics["queries"]["N@10"].items():
+        found = scores_of(z[spaces[query]], e[spaces[items]], negatives)
+        assert value == found.expected["N@10"]
     targets = torch.tensor([items[-1] for items in own])
     test = vlm2rec.Evaluation([], targets, torch.tensor(negatives), own)
     for space in spaces.values():
         expected = vlm2rec.geometry(z[space], e[space], test)
         assert metrics["geometry"][space] == pytest.approx(expected, rel=1e-4)
+
+def test_mean_pool_by_hand_with_a_seed_of_its_own(few, tmp_path):
+    """Means of the six latest vectors before the target, of the last purchase or the one before."""
+    numpy.save(tmp_path / "v.npy", numpy.random.default_rng(0).normal(size=(131, 9)))
+    flags = ["--method", "mean-pool", "--seed", 1, "--history", 6, "--out", tmp_path]
+    assert command(few, *flags, "--embeddings", tmp_path / "v.npy") == 0
+    [folder] = (tmp_path / "few").glob("mean-pool*-seed1")
+    e = vectors_of(folder, "item")[1]["fused"]
+    metrics = metrics_of(folder)
+    for split, place in (("test", -1), ("valid", -2)):
+        z = torch.stack([e[bought(n)[place - 6:place]].mean(dim=0) for n in range(33)])
+        negatives = [negatives_of(n, split, seed=1) for n in range(33)]
+        assert metrics[split] == scores_of(z, e, negatives, place)
+    assert not {"queries", "geometry", "gradient", "untrained"} & set(metrics)
 
 def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, few):
     """By transformers and peft alone, from pixels; the base is that of --revision."""
@@ -1822,35 +1857,6 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(method, home):
         return torch.cat([weight.flatten() for weight in model.groups[0]["params"]])
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
-@pytest.mark.parametrize("scores, kept", [
-    ([.4, .3, .2], 0),         # the untrained model is a candidate; two epochs without a gain
-    ([.1, .1, .1], 0),         # an equal score is no gain
-    ([.1, .3, .2, .2], -2),    # the first epoch, two steps down
-    ([.1, .2, .3, .4, .5], -8)])
-def test_the_best_epoch_on_validation_is_kept(scores, kept, home, tmp_path, monkeypatch):
-    script, watched = iter(scores), []
-    def validate(model, valid, batch):
-        watched.append([earlier for _, _, earlier in batch])
-        return {"N@10": next(script)}
-    monkeypatch.setattr(vlm2rec, "validate", validate)
-    run = open_small(home)
-    model = Walker(len(run.domain.user_ids) // 2, 4, 2)  # four epochs of two steps; patience two
-    found = vlm2rec.train(model, run.domain, None, run.config, tmp_path)
-    assert model[0].item() == pytest.approx(kept, abs=1e-4) and not list(script)
-    best = {0: 0, -2: 1, -8: 4}[kept]
-    assert found == ([{"N@10": score} for score in scores], best)
-    assert watched == watched[:1] * len(scores)  # Fig. 1b's batch stays the same
-
-def test_dropout_is_another_one_in_each_step(home, tmp_path, monkeypatch):
-    settings = dict(lr=1e-30, penalty_lr=0, log_every=1, batch=2, epochs=1)
-    run = open_small(home, **settings)
-    model = lora_model(home, lora_dropout=0.2, **settings)
-    domain = dataclasses.replace(run.domain, sequences=4 * run.domain.sequences[:1])
-    monkeypatch.setattr(vlm2rec, "validate", lambda *_: {"N@10": 0.0, "H@10": 0.0})
-    vlm2rec.train(model, domain, None, run.config, tmp_path)
-    first, second = log_of(tmp_path)  # of equal batches
-    assert first["loss"] != second["loss"]
-
 # Killed, stopped, started twice ------------------------------------------------------------------
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -1902,7 +1908,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finis
             del line[clock]
     assert logs[0] == logs[1]  # each step once
 
-def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint(few, tmp_path, capsys):
+def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint(few, tmp_path, told):
     flags = [*BRIEF, "--out", tmp_path]
     path = tmp_path / "few/vlm2rec-seed0/checkpoint.pt"
     assert process(few, *flags, kill=("vlm2rec", "log_step", 4)) == -signal.SIGKILL
@@ -1911,49 +1917,39 @@ def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint(few, tmp_path,
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limits[1]))
     code = command(few, *flags)
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    told(capsys, code, "File too large", str(path))
+    told(code, "File too large", str(path))
     assert path.read_bytes() == kept and not list(tmp_path.rglob("*.part"))
 
-def test_of_two_runs_in_one_folder_the_second_gets_one_line(few, tmp_path, capsys):
+def test_of_two_runs_in_one_folder_the_second_gets_one_line(few, tmp_path, told):
     with data.lock(tmp_path / "few/vlm2rec-seed0"):
-        told(capsys, command(few, *BRIEF, "--out", tmp_path), "another run is at work there")
+        told(command(few, *BRIEF, "--out", tmp_path), "another run is at work there")
 
-def test_a_finished_run_is_shown_wherever_it_was_written(copied, monkeypatch, capsys):
-    """On another device, in a folder that cannot be written; nothing is done again."""
+def test_an_old_finished_run_is_shown_compared_and_asked(copied, monkeypatch, capsys, told):
+    """Its files lack what is written today; made on another device, in a folder that cannot be
+    written now. Nothing is done again."""
     folder = copied / "runs/few/vlm2rec-seed0"
-    config = json.loads((folder / "config.json").read_text()) | {"device": "cuda", "python": "3.9"}
-    (folder / "config.json").write_text(json.dumps(config))
+    more = {"device": "cuda", "python": "3.9", "train_users": 0}
+    for name, change in (("config.json", more), ("metrics.json", {})):
+        old = json.loads((folder / name).read_text()) | change
+        for key in {"alpha", "paths", "code", "users"} & set(old):
+            del old[key]
+        (folder / name).write_text(json.dumps(old))
     before = files_of(copied)
     monkeypatch.delattr(data, "lock")
     monkeypatch.delattr(data, "whole_file")
     assert command(copied, *BRIEF, "--save-every", 9, "--checkpointing", "off") == 0
     printed = capsys.readouterr().out
     assert f"{folder} is finished since " in printed and "| test, runs in " in printed
+    assert "left out" not in printed
     assert command(copied, *BRIEF, "--recommend", "i1") == 0
+    told(command(copied, *BRIEF, "--method", "vlm2rec", "sft", "--recommend", "i1"),
+         "sft-seed0 holds no finished run")
     assert files_of(copied) == before
 
-def test_a_run_of_an_earlier_version_is_shown_compared_and_asked(copied, capsys):
-    """Its files lack what is written today; and its adapter may be read by a colleague."""
-    folder = copied / "runs" / "few" / "vlm2rec-seed0"
-    for name, change in (("config.json", {"train_users": 0}), ("metrics.json", {})):
-        old = json.loads((folder / name).read_text()) | change
-        for key in {"alpha", "paths", "code", "users"} & set(old):
-            del old[key]
-        (folder / name).write_text(json.dumps(old))
-    assert command(copied, *BRIEF) == 0
-    assert "left out" not in capsys.readouterr().out
-    assert command(copied, *BRIEF, "--recommend", "i1") == 0
-    modes = {path.stat().st_mode for path in (folder / "adapter").iterdir()}
-    assert len(modes) == 1
-    told(capsys, command(copied, *BRIEF, "--method", "vlm2rec", "sft", "--recommend", "i1"),
-         "sft-seed0 holds no finished run")
-
-def test_a_finished_run_outlives_its_models_folder(few, tmp_path, capsys):
-    shutil.copytree(few / "domains" / "tiny-qwen2.5-vl", tmp_path / "m")
-    model = ["--model", tmp_path / "m", "--image-size", 56]
-    flags = [*model, "--method", "vanilla", "--out", tmp_path]
+def test_a_finished_run_outlives_its_models_folder(few, own_model, tmp_path, capsys):
+    flags = ["--model", own_model, "--image-size", 56, "--method", "vanilla", "--out", tmp_path]
     assert command(few, *flags) == 0
-    (tmp_path / "m").rename(tmp_path / "elsewhere")
+    own_model.rename(tmp_path / "elsewhere")
     assert command(few, *flags) == 0
     assert "vanilla-seed0 is finished since" in capsys.readouterr().out
 
@@ -1963,33 +1959,23 @@ def test_of_a_damaged_log_the_whole_lines_up_to_the_step_stay(tmp_path):
     vlm2rec.trim_log(tmp_path, 2)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
-def test_a_new_history_beyond_the_context_is_refused(home, monkeypatch):
-    encoder = lora_model(home).encoder
-    context = encoder.vlm.config.get_text_config()
-    monkeypatch.setattr(context, "max_position_embeddings", 34)
-    encoder.embed([4 * [7]], ["vision"])  # 4 times 4 + 2 tokens, 3 newlines, the end: 28
-    with pytest.raises(data.InputError, match="has 35 tokens, the model holds 34: .*--history"):
-        encoder.embed([5 * [7]], ["vision"])
-
-def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, capsys):
+def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, told):
     folder = copied / "runs/few/vlm2rec-seed0"
     before = files_of(copied)
     for name in ("table.md", "checkpoint.pt"):  # finished, or not
         (folder / "table.md").rename(folder / name)
-        told(capsys, command(copied, *BRIEF, "--epochs", 3, "--tau", 1),
+        told(command(copied, *BRIEF, "--epochs", 3, "--tau", 1),
              f"{folder} holds a run with epochs 2, tau 0.1: remove it or take another --out")
     (folder / "checkpoint.pt").rename(folder / "table.md")
     assert files_of(copied) == before
     Image.new("RGB", (40, 40), "red").save(copied / "domains/few/images/9.png")
-    told(capsys, command(copied, *BRIEF), "holds a run with another catalogue ")
-    told(capsys, command(copied, *BRIEF, "--recommend", "i1"), "its catalogue has changed since")
-    with refused("its catalogue has changed since"):
-        vlm2rec.recommend(open_few(copied), ["i1"])
+    told(command(copied, *BRIEF), "holds a run with another catalogue ")
+    told(command(copied, *BRIEF, "--recommend", "i1"), "its catalogue has changed since")
     pool = ["--method", "mean-pool", "--embeddings", copied / "v.npy"]
     for width in (8, 9):
         numpy.save(copied / "v.npy", numpy.eye(131, width))
         code = command(copied, *pool)
-    told(capsys, code, "holds a run with embeddings ")
+    told(code, "holds a run with embeddings ")
 
 @pytest.mark.parametrize("left", ["table.md", "checkpoint.pt"])
 @pytest.mark.parametrize("name", ["source", "transformers"])
@@ -2032,7 +2018,7 @@ def test_what_is_given_is_known_by_its_content_wherever_it_lies(name, path, copi
     ("items.safetensors", b"half", ["--recommend", "i1"], "is missing or damaged"),
     ("adapter", None, ["--recommend", "i1"], "vlm2rec-seed0/adapter is missing"),
     ("../features-*", b"half", ["--method", "vanilla"], "is damaged; remove it")])
-def test_a_damaged_file_of_a_run_is_named(name, content, flags, words, copied, capsys):
+def test_a_damaged_file_of_a_run_is_named(name, content, flags, words, copied, told):
     folder = copied / "runs/few/vlm2rec-seed0"
     if name == "checkpoint.pt":
         (folder / "table.md").rename(folder / name)
@@ -2040,20 +2026,7 @@ def test_a_damaged_file_of_a_run_is_named(name, content, flags, words, copied, c
     path.rename(copied / "away")
     if content:
         path.write_bytes(content)
-    told(capsys, command(copied, *BRIEF, *flags), path.name, words)
-
-def test_a_weight_that_is_not_finite_leaves_the_last_good_checkpoint(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(vlm2rec, "validate", lambda *_: {"N@10": 0.0})
-    run = open_small(home, save_every=1)
-    model = Walker(20, 2)
-    def terms(batch, own=model.terms):
-        loss = own(batch)["loss"]
-        return {"loss": loss * math.inf if len(model.seen) == 3 else loss}  # in step 3
-    model.terms = terms
-    with pytest.raises(FloatingPointError, match="by step 3 a weight is not finite; lower --lr"):
-        vlm2rec.train(model, run.domain, None, run.config, tmp_path)
-    [weights, _, progress] = torch.load(tmp_path / "checkpoint.pt")
-    assert weights["0"].item() == pytest.approx(-2, abs=1e-4) and progress["step"] == 2
+    told(command(copied, *BRIEF, *flags), path.name, words)
 
 @pytest.fixture
 def hub(few, tmp_path, monkeypatch):
@@ -2070,7 +2043,7 @@ def hub(few, tmp_path, monkeypatch):
     move("0")
     return move
 
-def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys):
+def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys, told):
     flags = ["--model", "acme/tinyvl", "--out", tmp_path, "--image-size", 56,
              "--epochs", 1, "--batch", 2, "--train-users", 6, "--save-every", 1, "--log-every", 1]
     assert command(few, *flags) == 0
@@ -2081,11 +2054,11 @@ def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys)
         if step == 2:
             raise KeyboardInterrupt
     with patch.object(vlm2rec, "log_step", stop):
-        told(capsys, command(few, *flags, "--method", "sft"), "the same command goes on")
+        told(command(few, *flags, "--method", "sft"), "the same command goes on")
     hub("1")
-    told(capsys, command(few, *flags, "--recommend", "i1"),
+    told(command(few, *flags, "--recommend", "i1"),
          f"--model acme/tinyvl has changed since: give --revision {'0' * 40}")
-    told(capsys, command(few, *flags, "--method", "sft"), f"its commit was {'0' * 40}")
+    told(command(few, *flags, "--method", "sft"), f"its commit was {'0' * 40}")
     adapter = ["--adapter", tmp_path / "few/vlm2rec-seed0/adapter"]
     for number, notes in (("1", 1), ("0", 0)):
         hub(number)
@@ -2126,6 +2099,8 @@ def test_the_comparison_by_hand(tmp_path):
             ("vision", 7, 0.123456, ones)]:   # seeds 2 and 7 are not vlm2rec's
         write_run(tmp_path, name, seed, score, ranks, **settings)
     write_run(tmp_path, "sda", 0, 0.5, ones, **settings | {"lr": 0.2})
+    write_run(tmp_path, "vlm2rec", 9, 0.5, ones, **settings | {"data": "older"})
+    write_run(tmp_path, "sft", 9, 0.5, [3, 3, 3], **settings | {"data": "old"})
     (tmp_path / "unfinished-seed0").mkdir()
     cut = [("metrics.json", None), ("metrics.json", "{}"), ("metrics.json", '{"test": '),
            ("config.json", "{"), ("ranks.csv", None), ("ranks.csv", "user_id,rank\na,1\n")]
@@ -2150,15 +2125,11 @@ def test_the_comparison_by_hand(tmp_path):
             "+0.5000 ± 0.2041 over 4 users"),
         row("vision", 1, "0.1235", "1.0000", "-", "-"),
         row("vlm2rec", 3, "0.2333 ± 0.1155", "1.0000 ± 0.0000", "0.1167 ± 0.0577", "-"),
+        row("sft (another catalogue old)", 1, "0.5000", "0.5000", "0.2500", "-"),
+        row("vlm2rec (another catalogue older)", 1, "0.5000", "1.0000", "0.2500", "-"),
         row("sda (lr 0.2)", 1, "0.5000", "1.0000", "0.2500", "-")]
 
-def test_runs_of_two_earlier_catalogues_are_not_compared(tmp_path):
-    write_run(tmp_path, "vlm2rec", 0, 0.1, [1, 1, 1, 1], data="older")
-    write_run(tmp_path, "sft", 0, 0.1, [3, 3, 3], data="old")
-    text = vlm2rec.comparison(tmp_path, {"data": "now"})
-    assert text.count(" | - |\n") == 2 and "users" not in text
-
-def test_vectors_of_one_file_name_are_rows_of_one_table(few, tmp_path, monkeypatch, capsys):
+def test_vectors_of_one_file_name_are_rows_of_one_table(few, tmp_path, monkeypatch, told):
     def alone(folder, settings, made=vlm2rec.comparison):
         """Else, of two runs that end together, one may write a table without the other."""
         with pytest.raises(data.InputError), data.lock(folder / "table.md"):
@@ -2175,7 +2146,7 @@ def test_vectors_of_one_file_name_are_rows_of_one_table(few, tmp_path, monkeypat
     table = (tmp_path / "o/toys/table.md").read_text()
     assert all(f"{name}-emb | 1 |" in table for name in ("bert", "clip", "xxx"))
     code = command(few, *flags, "--embeddings", paths[0], "--recommend", "i1")
-    told(capsys, code, "mean-pool has no encoder")
+    told(code, "mean-pool has no encoder")
 
 def test_ranks_are_written_in_full_and_the_verdict_may_be_no(few, tmp_path):
     run = open_few(few)._replace(folder=tmp_path)
@@ -2220,7 +2191,7 @@ def test_popularity_and_each_row_of_the_metrics_by_hand(few, tmp_path):
         "target seen 10 to 19 times": (1 + 0) / 2, "target seen 20 to 36 times": 0.5}, abs=1e-4)
     assert "| target seen 20 to 36 times | 1.0000 | 0.5000 |" in vlm2rec.report("x", metrics, {})
 
-def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, capsys):
+def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, capsys, told):
     """No flag of the training is given, not even the model."""
     def recommend(*history):
         flags = ["--domain", "few", "--data-dir", few / "domains", "--out", few / "runs"]
@@ -2229,7 +2200,7 @@ def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, caps
     item_ids, e = vectors_of(finished, "item")
     _, z = vectors_of(finished, "user")
     scores = torch.cosine_similarity(z["fused"][:1], e["fused"])
-    owned = [14, *scores.topk(10).indices.tolist(), *(n * 7 % 130 for n in range(13, 19))]
+    owned = [14, *scores.topk(10).indices.tolist(), *bought(0)[13:19]]
     scores[owned] = -1  # what u0 likes best, then u0's latest six: the history of z
     best = [(item_ids[item], run.domain.titles[item], score.item())
             for score, item in zip(*scores.topk(10))]
@@ -2244,8 +2215,8 @@ def test_recommended_are_the_ten_best_items_that_one_has_not(finished, few, caps
     assert [row[:2] for row in found] == [row[:2] for row in best]
     assert found[0][2] == pytest.approx(best[0][2], abs=1e-5)
     assert len(vlm2rec.recommend(run, ["i1"], k=3)) == 3
-    told(capsys, recommend("i1", "nosuch"), "few lacks nosuch (")
-    told(capsys, recommend(), "at least one item id")
+    told(recommend("i1", "nosuch"), "few lacks nosuch (")
+    told(recommend(), "at least one item id")
 
 def test_drawings_tell_titles_apart(few):
     domain = open_few(few).domain
@@ -2268,9 +2239,8 @@ def test_the_picture_shows_the_protocol_and_frames_what_was_bought(few, tmp_path
     sheets = numpy.asarray(Image.open(tmp_path / "recommendations.png")).astype(int)
     items = {COLOUR(k): k for k in range(130)}
     for left, n in ((0, 0), (590, 16)):
-        own = [(20 * n + j) * 7 % 130 for j in range(20)]
-        drawn = random.Random(f"0 test u{n}").sample(range(130), 120)
-        candidates = [own[-1], *[item for item in drawn if item not in own][:100]]
+        own = bought(n)
+        candidates = [own[-1], *negatives_of(n)]
         expected, labels = [own[-5:]], ["history, and\nbought next"]
         for space, name in (("text", "title"), ("vision", "picture"), ("fused", "both")):
             scores = torch.cosine_similarity(z[space][[n]], e[space][candidates])
@@ -2310,25 +2280,25 @@ OUT_OF_RANGE = """--seed -1, --seed 99999999999999, --epochs 0, --batch 1, --his
     ("--domain nowhere", "nowhere/items.csv is missing"),
     ("--recommend", "vlm2rec-seed0 holds no finished run")])
 def test_what_is_wrong_by_itself_gets_one_line_before_anything_is_fetched(
-        flags, words, home, tmp_path, monkeypatch, capsys):
+        flags, words, home, tmp_path, monkeypatch, told):
     fetched = Mock(side_effect=OSError("the download began"))
     monkeypatch.setattr(data, "prepare_domain", fetched)
     flags = ["--domain", "toys", "--out", tmp_path, *flags.split()]
-    told(capsys, command(home, *flags), words)
+    told(command(home, *flags), words)
     assert not fetched.called and not list(tmp_path.iterdir())
 
 @pytest.mark.parametrize("flags, words", [
     ("--batch 34", "take --batch <= --train-users <= 33, all"), ("--train-users 7", "take --batch"),
     ("--train-users 34", "--train-users <= 33"), ("--out /dev/null", "/dev/null"),
     ("--model nobody/nothing", "--model nobody/nothing does not load")])
-def test_what_does_not_fit_the_domain_gets_one_line(flags, words, few, tmp_path, capsys):
-    told(capsys, command(few, "--out", tmp_path, *flags.split()), words)
+def test_what_does_not_fit_the_domain_gets_one_line(flags, words, few, tmp_path, told):
+    told(command(few, "--out", tmp_path, *flags.split()), words)
     assert not list(tmp_path.rglob("table.md"))
 
-def test_all_runs_of_a_command_are_checked_before_the_first_is_trained(copied, monkeypatch, capsys):
+def test_all_runs_of_a_command_are_checked_before_the_first_is_trained(copied, monkeypatch, told):
     monkeypatch.delattr(vlm2rec, "execute")
     flags = ["--method", "sft", "vlm2rec", "--lr", 7e-3]
-    told(capsys, command(copied, *BRIEF, *flags), "vlm2rec-seed0 holds a run with lr 0.002")
+    told(command(copied, *BRIEF, *flags), "vlm2rec-seed0 holds a run with lr 0.002")
 
 def tensors(change):
     """Writes what `change` makes of a file's tensors."""
@@ -2377,12 +2347,12 @@ def add_token(word):
     ("a/adapter_model.safetensors", tensors(lambda w: w | {"x": w.popitem()[1]}), "other tensors"),
     ("a/adapter_model.safetensors", tensors(lambda w: {k: w[k] * math.nan for k in w}), "finite")])
 def test_a_model_or_adapter_that_does_not_fit(
-        file, spoil, words, finished, few, own_model, tmp_path, capsys):
+        file, spoil, words, finished, few, own_model, tmp_path, told):
     shutil.copytree(finished / "adapter", tmp_path / "a")
     spoil(tmp_path / file)
     flags = ["--out", tmp_path, "--model", own_model, "--image-size", 56]
     adapter = ["--adapter", tmp_path / "a"] if file[0] == "a" else []
-    told(capsys, command(few, *BRIEF, *flags, *adapter), words)
+    told(command(few, *BRIEF, *flags, *adapter), words)
 
 def test_an_adapter_in_a_models_folder_is_not_put_on_in_silence(finished, own_model):
     shutil.copytree(finished / "adapter", own_model, dirs_exist_ok=True)
@@ -2439,12 +2409,12 @@ def test_qwen_saved_by_its_class_with_a_head_loads(home, own_model):
     (MemoryError(), "out of memory: try"),
     (KeyboardInterrupt(), "the same command goes on from the last checkpoint"),
     (FloatingPointError("a score\nis not"), "a score is not"), (RuntimeError("shapes"), None)])
-def test_a_defect_keeps_its_traceback_all_else_is_told(error, words, few, monkeypatch, capsys):
+def test_a_defect_keeps_its_traceback_all_else_is_told(error, words, few, monkeypatch, told):
     def fail(run):
         raise error
     monkeypatch.setattr(vlm2rec, "execute", fail)
     with contextlib.nullcontext() if words else pytest.raises(type(error)):
-        told(capsys, command(few, *BRIEF), words)
+        told(command(few, *BRIEF), words)
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="step 7: the loss is not finite; lower --lr"):
@@ -2458,12 +2428,12 @@ def test_what_is_not_the_files_fault_passes_through_readable(error):
     with refused("a file: KeyError"), vlm2rec.readable("a file"):
         raise KeyError()
 
-def test_a_gpu_that_cannot_be_used_gets_one_line(few, monkeypatch, capsys):
+def test_a_gpu_that_cannot_be_used_gets_one_line(few, monkeypatch, told):
     def fail(*shape, device):
         raise RuntimeError(f"no kernel image for {device}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "zeros", fail)
-    told(capsys, command(few, *BRIEF), "--device cpu can: no kernel image for cuda")
+    told(command(few, *BRIEF), "--device cpu can: no kernel image for cuda")
 
 def test_output_can_be_followed_in_any_terminal_or_none(finished, few, monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
