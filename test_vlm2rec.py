@@ -890,17 +890,24 @@ HERE = Path(__file__).parent
 ITEMS = "items.csv"
 EVENTS = "interactions.csv"
 
+def default_items():
+    return [[f"i{k}", f"title {k}", f"images/{k}.png"] for k in range(120)]
+
 def default_events():
     return [[f"u{u}", f"i{(u * 2 + 5 * k) % 120}", 1000 + k] for u in range(60) for k in range(12)]
 
-def write_domain(folder, items=None, interactions=None, pictures=True):
-    """A small domain: 120 items, 60 users with 12 items each, so that every item has 6 users."""
+def write_tables(folder, items=None, events=None):
+    """120 items, 60 users with 12 items each, so that every item has 6 users; or what is given."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    items = items or [[f"i{k}", f"title {k}", f"images/{k}.png"] for k in range(120)]
-    data.write_csv(folder / ITEMS, ["item_id", "title", "image"], items)
-    data.write_csv(folder / EVENTS, ["user_id", "item_id", "timestamp"],
-                   interactions or default_events())
-    for k in range(120 if pictures else 0):
+    for name, header, rows in ((ITEMS, "item_id,title,image", items or default_items()),
+                               (EVENTS, "user_id,item_id,timestamp", events or default_events())):
+        data.write_csv(folder / name, header.split(","), rows)
+    return folder
+
+def write_domain(folder, items=None, events=None):
+    """The same, with pictures."""
+    write_tables(folder, items, events)
+    for k in range(120):
         Image.new("RGB", (30, 30), (k, 255 - k, 2 * k)).save(folder / "images" / f"{k}.png")
     return folder
 
@@ -933,14 +940,14 @@ def test_one_customer_with_nearly_everything_is_left_out(tmp_path):
     """20 of 120 items leave 100; 21 do not."""
     folder = write_domain(tmp_path / "d")
     def read(more, items=None):
-        return data.read_domain(write_domain(folder, items, default_events() + more, False))
+        return data.read_domain(write_tables(folder, items, default_events() + more))
     most = [["reseller", f"i{k}", k] for k in range(21)]
     assert read(most[:20]).user_ids[-1] == "reseller"
     told = "1 users with too many items for 100 negatives ['reseller']"
     assert told in data.describe(read(most))
     more = [[user, "i120", 99] for user in ("u0", "u1", "u2", "aaron", "reseller")]
     more += [["aaron", f"i{k}", k] for k in range(4)]  # goes only because i120 goes with another
-    domain = read(most + more, [*rows_of(folder, ITEMS), ["i120", "title 120", "images/0.png"]])
+    domain = read(most + more, [*default_items(), ["i120", "title 120", "images/0.png"]])
     assert "aaron" not in domain.user_ids and told in data.describe(domain)
 
 # The reader ---------------------------------------------------------------------------------------
@@ -982,15 +989,14 @@ def make_fifo(folder, name):
     os.mkfifo(folder / name)
 
 def set_times(folder, *by_place):  # of each user's first, second ... event; the last for the rest
-    rows = rows_of(folder, EVENTS)
-    for k, row in enumerate(rows):
-        row[2] = by_place[min(k % 12, len(by_place) - 1)]
-    write_domain(folder, None, rows, pictures=False)
+    times = [*by_place, *[by_place[-1]] * 12]
+    rows = [[user, item, times[k % 12]] for k, (user, item, _) in enumerate(default_events())]
+    write_tables(folder, None, rows)
 
 def rename_items(folder, make):
-    items = [[make(k), *row[1:]] for k, row in enumerate(rows_of(folder, ITEMS))]
-    rows = [[row[0], make(int(row[1][1:])), row[2]] for row in rows_of(folder, EVENTS)]
-    write_domain(folder, items, rows, pictures=False)
+    items = [[make(k), *row[1:]] for k, row in enumerate(default_items())]
+    events = [[user, make(int(item[1:])), when] for user, item, when in default_events()]
+    write_tables(folder, items, events)
 
 def link_away(folder, *names):  # as the hub, DVC and git-annex do
     for name in names:
@@ -1020,11 +1026,11 @@ def write_without_quoting(folder, sign):
     edit(folder, ITEMS, "title 7", 'title 7"')
 
 def keep_items(folder, count):
-    write_domain(folder, rows_of(folder, ITEMS)[:count], pictures=False)
+    write_tables(folder, default_items()[:count])
 
 def sort_days(folder, key, reverse=False):
-    set_times(folder, *[k // 2 * 86400 for k in range(1, 13)])
-    write_domain(folder, None, sorted(rows_of(folder, EVENTS), key=key, reverse=reverse), False)
+    rows = [[user, item, (when - 999) // 2 * 86400] for user, item, when in default_events()]
+    write_tables(folder, None, sorted(rows, key=key, reverse=reverse))
 
 def copy_picture(folder):
     for k in range(5, 14):
@@ -1133,7 +1139,7 @@ def test_what_is_valid_is_read_and_what_is_not_gets_one_line(case, good, tmp_pat
     assert sorted(folder.rglob("*")) == before  # nothing is ever written there
 
 def test_ids_titles_and_dropped_items_are_as_they_were_written(tmp_path):
-    items = [[f"i{k}", f"title {k}", f"images/{k}.png"] for k in range(120)]
+    items = default_items()
     items[0][1] = 'a "quoted", two-\nline  title'
     items[3][2] = "https://example.org/3.png"
     items[4][2] = "data:image/png;base64," + "4" * 5000
@@ -1147,7 +1153,7 @@ def test_ids_titles_and_dropped_items_are_as_they_were_written(tmp_path):
 
 def test_the_digest_is_of_all_on_which_a_number_depends_and_no_more(tmp_path):
     items = [[f"i{k}", f"title {k}", "4.bmp"] for k in range(120)]
-    folder = write_domain(tmp_path / "shop", items, pictures=False)
+    folder = write_tables(tmp_path / "shop", items)
     (folder / "4.bmp").write_bytes(plain(kind="BMP"))
     first = "5489c146e06cef52cb30c307a0629277"
     assert data.read_domain(folder).digest == first  # published runs hang on it
@@ -1342,7 +1348,7 @@ def test_where_nothing_can_be_written_the_way_out_is_data_dir(tmp_path):
 
 def test_an_unknown_domain_is_refused_and_nothing_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_domain(Path("domains", "my-shop"), pictures=False)
+    write_tables(Path("domains/my-shop"))
     before = sorted(tmp_path.rglob("*"))
     for name in ("sampel", "./sample", "domains/my-shop/items.csv", ""):
         with refused("items.csv is missing; .*sample, toys"):
@@ -1619,7 +1625,7 @@ def write_few(folder):
     titles[123:126] = [f"{LONG} kite", f"{LONG} drum", f"Arvo {LONG}"]  # two begin alike
     items = [[item, titles[k], f"images/{k}.png"] for k, item in enumerate(ids)]
     events = [[f"u{n}", ids[item], j] for n in range(33) for j, item in enumerate(bought(n))]
-    write_domain(folder, [["lost", "Arvo kite", "none.png"], *items], events, pictures=False)
+    write_tables(folder, [["lost", "Arvo kite", "none.png"], *items], events)
     for k in range(130):
         Image.new("RGB", (40, 40), COLOUR(k)).save(folder / f"images/{k}.png")
 
