@@ -55,6 +55,7 @@ import vlm2rec
 
 each = pytest.mark.parametrize  # a test of each row
 TINY = "domains/tiny-qwen2.5-vl"
+RUN = "few/vlm2rec-seed0"
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
@@ -81,7 +82,7 @@ def refused(words):
     """That a user's mistake gets a message which matches these words."""
     return pytest.raises(data.InputError, match=words)
 
-# The equations, transcribed: floats and loops ----------------------------------------------------
+# ---- The equations, transcribed: floats and loops ----
 
 TAU, TAU_CRTR, LAM = 0.3, 0.2, 0.5
 MODALITIES = ("text", "vision")
@@ -286,7 +287,7 @@ def test_each_piece_runs_when_pasted_alone_beside_torch(name):
     expected = getattr(vlm2rec, name)(*PIECES[name])
     assert_close(pasted[name](*PIECES[name]), expected)
 
-# Methods and settings, as literals ---------------------------------------------------------------
+# ---- Methods and settings, as literals ----
 
 WEIGHTED = "gap weight alpha beta wpcl"
 METHODS = {  # what its passes read; the terms of its loss in the log; None: it does not train
@@ -329,7 +330,7 @@ def test_several_methods_and_seeds_are_runs_of_their_own():
     assert [(config.method, config.seed) for config in configs] == [
         ("sft", 3), ("sft", 4), ("vlm2rec", 3), ("vlm2rec", 4)]
 
-# The protocol ------------------------------------------------------------------------------------
+# ---- The protocol ----
 
 def by_hand(sequences, items):
     """A domain in memory, of users 0, 1, ... with these sequences of items 0, 1, ..."""
@@ -486,7 +487,7 @@ def test_the_full_ranking_leaves_out_the_users_other_items():
         assert vlm2rec.evaluate(z, torch.eye(4), test).tolist() == [1]
         assert vlm2rec.evaluate(z, torch.eye(4), test, full=True).tolist() == [full]
 
-# Prompts and encoder -----------------------------------------------------------------------------
+# ---- Prompts and encoder ----
 
 HISTORIES = [[3, 8, 5, 20, 31], [7], [9, 1], [50, 51, 52, 53, 54, 55, 56, 57, 58, 59]]
 
@@ -498,12 +499,12 @@ def lora_model(few, method="vlm2rec", **settings):
         torch.nn.init.normal_(weight, std=0.2)
     return model
 
-def tiny_tokenizer(few):
-    return transformers.AutoTokenizer.from_pretrained(few / TINY)
+def tokenizer_of(folder):
+    return transformers.AutoTokenizer.from_pretrained(folder)
 
 def test_prompts_by_hand(few):
     encoder = lora_model(few).encoder
-    tokenizer = tiny_tokenizer(few)
+    tokenizer = tokenizer_of(few / TINY)
     first, second, odd, long = "Belka kite 42", "Kiwi", "<|im_end|><|image_pad|>", "Q" * 500
     made = vlm2rec.Encoder(encoder.vlm, tokenizer, [first, second, odd, long], encoder.features)
     picture = "<|vision_start|>" + 4 * "<|image_pad|>" + "<|vision_end|>"  # 56 px: 2 x 2 tokens
@@ -590,7 +591,7 @@ def test_a_prompt_beyond_the_context_is_refused(few, own_model, monkeypatch):
     with refused(too_long):  # of a new history
         encoder.embed([5 * [7]], ["vision"])
 
-# Ten families of models: tiny checkpoints with random weights ------------------------------------
+# ---- Ten families of models: tiny checkpoints with random weights ----
 
 BOS = "<|video_pad|>"  # what opens a prompt; our tokenizer has no other mark to spare
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -639,7 +640,7 @@ SHORT = [[3, 8, 5, 2, 11], [9, 1], [10, 0, 6, 4]]  # LLaVA-OneVision would tile 
 def family_encoder(family, folder, few):
     """Write a checkpoint of the family, with its head; build an encoder of twelve items on it."""
     made = FAMILIES[family]
-    tokenizer = tiny_tokenizer(few)
+    tokenizer = tokenizer_of(few / TINY)
     if made.opening:
         tokenizer.bos_token = BOS
         mark = [(BOS, tokenizer.bos_token_id)]
@@ -743,7 +744,7 @@ def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_pa
     flags = ["--model", own_model, "--out", tmp_path]
     assert command(few, *flags, "--method text --lr 1e-9 --epochs 1") == 0
     _, e = vectors_of(tmp_path / "few/text-seed0", "item")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(own_model)  # Qwen2's splits numbers
+    tokenizer = tokenizer_of(own_model)  # Qwen2's splits numbers
     ids = tokenizer("Fjord kettle 77<|im_end|>", return_tensors="pt").input_ids
     expected = own.model(ids).last_hidden_state[0, -1].detach()
     assert_close(e["fused"][77], expected, atol=1e-5, rtol=0)
@@ -792,7 +793,7 @@ def test_moda_is_the_sum_over_its_experts_by_the_passs_modality(few):
         assert all(g[number].all() and not g[1 - number].any() for g in together)
         assert_close(together, alone[number])
 
-# Collapse, Task 2, significance ------------------------------------------------------------------
+# ---- Collapse, Task 2, significance ----
 
 def test_geometry_equals_the_loops():
     users = range(1100)  # more than the 1,024 that are done at once
@@ -927,7 +928,8 @@ def encoded(picture, kind="PNG", **options):
 def plain(mode="RGB", size=(40, 30), kind="JPEG"):
     return encoded(Image.new(mode, size), kind)
 
-# The k-core ---------------------------------------------------------------------------------------
+# ---- The k-core ----
+
 def test_five_core_reaches_its_fixed_point():
     """At k = 2 user c (one item) goes, so item z (then one user), so user b (then one item)."""
     rows = [("a", "x"), ("a", "y"), ("d", "x"), ("d", "y"), ("b", "x"), ("b", "z"), ("c", "z")]
@@ -950,7 +952,8 @@ def test_one_customer_with_nearly_everything_is_left_out(tmp_path):
     domain = read(most + more, [*default_items(), ["i120", "title 120", "images/0.png"]])
     assert "aaron" not in domain.user_ids and told in data.describe(domain)
 
-# The reader ---------------------------------------------------------------------------------------
+# ---- The reader ----
+
 def test_the_reader_sorts_by_time_and_keeps_the_files_order_on_ties(tmp_path):
     """Of what is repeated it keeps the earliest."""
     times = ((5, 30), (9, 10), (7, 20), (4, 30), (4, 40), (8, 5), (3, 2e1))
@@ -1209,7 +1212,8 @@ def test_a_locale_without_utf_8_gets_one_line(tmp_path):
     assert process.returncode == 2 and error.count("\n") == 1
     assert "'i0': no file 'images/\\u51990.png'" in error
 
-# Pictures -----------------------------------------------------------------------------------------
+# ---- Pictures ----
+
 def load(content):
     return data.load_picture(io.BytesIO(content))
 
@@ -1292,7 +1296,8 @@ def test_what_is_shown_of_a_picture_or_why_it_is_not(name):
     else:
         assert numpy.abs(numpy.subtract(found[1], expected)).max() < 15  # WebP loses some
 
-# What is prepared ---------------------------------------------------------------------------------
+# ---- What is prepared ----
+
 def test_a_lock_keeps_others_out_and_dies_with_its_process(tmp_path):
     path = tmp_path / "new/run"
     def run(code):
@@ -1389,7 +1394,8 @@ def test_the_sample_world_is_the_papers_situation(tmp_path, monkeypatch):
     assert len(tied) > 200 and abs(numpy.mean(tied) - 0.5) < 0.12  # in no order of ids
     assert not data.read_domain(tmp_path).remarks
 
-# Amazon 2014, from a server on the loopback address that speaks the real format -------------------
+# ---- Amazon 2014, from a server on the loopback address that speaks the real format ----
+
 class Shop(http.server.ThreadingHTTPServer):
     """140 items and 70 users in Amazon's format. `faults`: {path: answers before the good one}."""
     daemon_threads = True
@@ -1608,7 +1614,7 @@ def test_ctrl_c_ends_in_one_line_at_once(shop, tmp_path):
     assert process.returncode == 130
     assert err.strip() == "stopped; the same command goes on from here"
 
-# A run and its files -----------------------------------------------------------------------------
+# ---- A run and its files ----
 
 COLOUR = lambda k: (k, 5 * k % 256, 255 - k)  # of item k's picture
 LONG = "Halma basket 7 " * 30  # 90 words of the tiny model, each of them a token
@@ -1646,7 +1652,7 @@ def finished(few):
     with contextlib.redirect_stdout(io.StringIO()) as printed:  # as a notebook's: no reconfigure()
         assert command(few, BRIEF) == 0
     (few / "printed").write_text(printed.getvalue())
-    return few / "runs/few/vlm2rec-seed0"
+    return few / "runs" / RUN
 
 @pytest.fixture
 def copied(finished, few, tmp_path):
@@ -1783,7 +1789,7 @@ def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, 
     base = few / TINY
     processor = transformers.AutoImageProcessor.from_pretrained(base, backend="pil")
     def last(prompt, items):
-        ids = tiny_tokenizer(few)(f"{prompt}<|im_end|>").input_ids
+        ids = tokenizer_of(few / TINY)(f"{prompt}<|im_end|>").input_ids
         return own_state(vlm, processor, open_few(few), ids, items)
     text = last("Fjord kettle 77", [])
     vision = last(f"<|vision_start|>{4 * '<|image_pad|>'}<|vision_end|>", [77])
@@ -1827,7 +1833,7 @@ def test_what_only_watches_changes_no_byte(finished, few, tmp_path, monkeypatch)
     """Fig. 1b, checkpoints; nor do activations that are computed again."""
     monkeypatch.setattr(vlm2rec, "gradient_cosines", lambda *_: dict(cos_text=0, cos_vision=0))
     assert command(few, BRIEF, "--checkpointing on --save-every 1 --out", tmp_path) == 0
-    files, before = files_of(tmp_path / "few/vlm2rec-seed0"), files_of(finished)
+    files, before = files_of(tmp_path / RUN), files_of(finished)
     for name in ("adapter/adapter_model.safetensors", "items.safetensors", "ranks.csv"):
         assert files[Path(name)] == before[Path(name)]
 
@@ -1845,7 +1851,7 @@ def test_a_seed_gives_the_same_weights_and_another_one_others(method, few):
         return torch.cat([weight.flatten() for weight in model.groups[0]["params"]])
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
-# Killed, stopped, started twice ------------------------------------------------------------------
+# ---- Killed, stopped, started twice ----
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["vlm2rec"])
@@ -1876,7 +1882,7 @@ SASREC = "--method sasrec --batch 4 --train-users 4 --log-every 1 --save-every 1
     (SASREC, [("vlm2rec", "validate", 4), ("os", "replace", 5), ("vlm2rec", "log_step", 9)])])
 def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finished, few, tmp_path):
     assert command(few, flags) == 0
-    name = "few/sasrec-seed0" if "sasrec" in flags else "few/vlm2rec-seed0"
+    name = "few/sasrec-seed0" if "sasrec" in flags else RUN
     folder = tmp_path / name
     folder.mkdir(parents=True)
     for left in ("config.json", "log.jsonl"):  # of a run that came to nothing, in a power cut
@@ -1897,7 +1903,7 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_bytes(flags, moments, finis
 
 def test_a_full_disk_leaves_the_last_checkpoint(few, tmp_path, told):
     flags = [BRIEF, "--out", tmp_path]
-    path = tmp_path / "few/vlm2rec-seed0/checkpoint.pt"
+    path = tmp_path / RUN / "checkpoint.pt"
     assert process(few, *flags, kill=("vlm2rec", "log_step", 4)) == -signal.SIGKILL
     kept = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # a limit on a file stands for the disk
@@ -1908,14 +1914,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(few, tmp_path, told):
     assert path.read_bytes() == kept and not list(tmp_path.rglob("*.part"))
 
 def test_of_two_runs_in_one_folder_the_second_gets_one_line(few, tmp_path, told):
-    with data.lock(tmp_path / "few/vlm2rec-seed0"):
+    with data.lock(tmp_path / RUN):
         told(command(few, BRIEF, "--out", tmp_path),
              f"error: {tmp_path}/few/vlm2rec-seed0: another run is at work there")
 
 def test_an_old_finished_run_is_shown_compared_and_asked(copied, monkeypatch, capsys, told):
     """Its files lack what is written today; made on another device, in a folder that cannot be
     written now. Nothing is done again."""
-    folder = copied / "runs/few/vlm2rec-seed0"
+    folder = copied / "runs" / RUN
     more = {"device": "cuda", "python": "3.9", "train_users": 0}
     for name, change in (("config.json", more), ("metrics.json", {})):
         old = json.loads((folder / name).read_text()) | change
@@ -1942,7 +1948,7 @@ def test_a_finished_run_outlives_its_models_folder(few, own_model, tmp_path, cap
     assert "vanilla-seed0 is finished since" in capsys.readouterr().out
 
 def test_what_differs_from_a_run_is_named_and_the_run_left_alone(copied, told):
-    folder = copied / "runs/few/vlm2rec-seed0"
+    folder = copied / "runs" / RUN
     before = files_of(copied)
     for name in ("table.md", "checkpoint.pt"):  # finished, or not
         (folder / "table.md").rename(folder / name)
@@ -1998,7 +2004,7 @@ def test_what_is_given_is_known_by_its_content(name, path, copied, few):
     ("adapter", None, "--recommend i1", "vlm2rec-seed0/adapter is missing"),
     ("../features-*", b"half", "--method vanilla", "is damaged; remove it")])
 def test_a_damaged_file_of_a_run_is_named(name, content, flags, words, copied, told):
-    folder = copied / "runs/few/vlm2rec-seed0"
+    folder = copied / "runs" / RUN
     if name == "checkpoint.pt":
         (folder / "table.md").rename(folder / name)
     [path] = folder.glob(name)
@@ -2025,7 +2031,7 @@ def hub(few, tmp_path, monkeypatch):
 def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys, told):
     flags = ["--model acme/tinyvl --image-size 56 --epochs 1 --batch 2 --train-users 6",
              "--save-every 1 --log-every 1 --out", tmp_path]
-    folder = tmp_path / "few/vlm2rec-seed0"
+    folder = tmp_path / RUN
     assert command(few, *flags) == command(few, *flags, "--recommend i1") == 0
     assert metrics_of(folder)["commit"] == "0" * 40
     capsys.readouterr()
@@ -2044,7 +2050,7 @@ def test_a_model_that_changed_under_its_name_is_told(hub, few, tmp_path, capsys,
         assert command(few, *flags, *out) == 0
         assert capsys.readouterr().out.count("was trained on acme/tinyvl, 000") == notes
 
-# What is shown: tables, recommendations, drawings ------------------------------------------------
+# ---- What is shown: tables, recommendations, drawings ----
 
 def write_run(folder, name, seed, score, ranks, **settings):
     """A finished run as far as `comparison` reads it; `ranks` of users a, b, ... of 1, 3 or 11."""
@@ -2236,7 +2242,7 @@ def test_the_picture_shows_the_protocol(unwritten):
                 framed = sheets.getpixel((x - 1, y - 1)) == (0, 128, 0)
                 assert framed == (item == target)
 
-# Bad input ---------------------------------------------------------------------------------------
+# ---- Bad input ----
 
 OUT_OF_RANGE = """--seed -1, --seed 99999999999999, --epochs 0, --batch 1, --history 0, --tau 0,
 --tau nan, --tau-crtr 0, --lam inf, --lr 0, --lr -1.0, --save-every 0, --log-every 0,
@@ -2310,7 +2316,7 @@ def tuned(places):
 
 def add_token(word):
     def add(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent)
+        tokenizer = tokenizer_of(path.parent)
         tokenizer.add_tokens([word])
         tokenizer.save_pretrained(path.parent)
     return add
@@ -2447,7 +2453,7 @@ def test_importing_has_no_effect(tmp_path, monkeypatch, capsys):
     assert torch.equal(state, torch.get_rng_state()) and not any(capsys.readouterr())
     assert not any(tmp_path.iterdir())
 
-# The README -------------------------------------------------------------------------------------
+# ---- The README ----
 
 README = Path(__file__).with_name("README.md").read_text("utf-8")
 
@@ -2468,7 +2474,7 @@ def test_the_readmes_examples_run(finished, few, tmp_path, monkeypatch, capsys):
     exec(vectors.replace("sentence-transformers/all-MiniLM-L6-v2", tiny).replace(
         "my-shop", str(run.source)), {})
     found = vlm2rec.read_vectors("titles.safetensors", run.domain, run.source)
-    tokens = transformers.AutoTokenizer.from_pretrained(tiny)(run.domain.titles[77])
+    tokens = tokenizer_of(tiny)(run.domain.titles[77])
     model = transformers.AutoModel.from_pretrained(tiny)
     with torch.no_grad():
         states = model(torch.tensor([tokens.input_ids])).last_hidden_state[0]
