@@ -544,8 +544,8 @@ def test_pictures_keep_their_ratio_on_a_white_ground(tmp_path):
 def test_a_step_is_four_forward_passes_of_one_modality_each(few):
     """Users 0 and 2 share a target, and user 0 had user 1's before: no negatives."""
     model = lora_model(few)
-    given = {"z": [[3, 8], [7], [4]], "e": [[5], [9], [5]]}
-    expected = [model.encoder.embed(histories, MODALITIES) for histories in given.values()]
+    expected = [model.encoder.embed(histories, MODALITIES)
+                for histories in ([[3, 8], [7], [4]], [[5], [9], [5]])]
     passes = []
     def note(vlm, args, inputs):
         passes.append(("mm_encoder_outputs" in inputs, *inputs["input_ids"].shape))
@@ -756,8 +756,7 @@ def test_a_language_model_serves_where_no_picture_is_read(few, own_model, tmp_pa
      "qkv_proj o_proj gate_up_proj down_proj", ""),  # fused
     ("internvl", {"model_type": "qwen3_moe", "num_experts": 4}, "q_proj k_proj v_proj o_proj",
      "note: without LoRA: experts.down_proj, experts.gate_up_proj, gate.weight\n")])
-def test_layers_get_lora_and_what_stays_without_is_named(
-        family, text, adapted, note, capsys):
+def test_layers_get_lora_and_what_stays_without_is_named(family, text, adapted, note, capsys):
     text = SMALL | {"vocab_size": 99, "moe_intermediate_size": 16} | text
     config = transformers.AutoConfig.for_model(
         family, text_config=text, vision_config=FAMILIES[family].vision)
@@ -887,6 +886,8 @@ def test_item_vectors_of_any_type_and_order_are_read_or_refused(few, tmp_path):
         with refused(f"^--embeddings {path} does not fit: {words.get(path.name, '.+')}"):
             read(path)
 
+# ---- The data: a small domain, the k-core, the reader ----
+
 HERE = Path(__file__).parent
 ITEMS = "items.csv"
 EVENTS = "interactions.csv"
@@ -928,8 +929,6 @@ def encoded(picture, kind="PNG", **options):
 def plain(mode="RGB", size=(40, 30), kind="JPEG"):
     return encoded(Image.new(mode, size), kind)
 
-# ---- The k-core ----
-
 def test_five_core_reaches_its_fixed_point():
     """At k = 2 user c (one item) goes, so item z (then one user), so user b (then one item)."""
     rows = [("a", "x"), ("a", "y"), ("d", "x"), ("d", "y"), ("b", "x"), ("b", "z"), ("c", "z")]
@@ -951,8 +950,6 @@ def test_one_customer_with_nearly_everything_is_left_out(tmp_path):
     more += [["aaron", f"i{k}", k] for k in range(4)]  # goes only because i120 goes with another
     domain = read(most + more, [*default_items(), ["i120", "title 120", "images/0.png"]])
     assert "aaron" not in domain.user_ids and told in data.describe(domain)
-
-# ---- The reader ----
 
 def test_the_reader_sorts_by_time_and_keeps_the_files_order_on_ties(tmp_path):
     """Of what is repeated it keeps the earliest."""
@@ -1558,8 +1555,7 @@ META_2018 = gzip.compress(b'{"asin": "B00001", "title": "x", "imageURL": ["https
 @each("which, content", [
     (1, EVIL[:40]), (1, b"\0" * 100), (1, EVIL), (1, b""), (1, META_2018), (0, b""), (0, OF_2018),
     (0, OF_2023)])
-def test_an_archive_that_is_damaged_or_of_another_year_is_named(
-        shop, tmp_path, which, content):
+def test_an_archive_that_is_damaged_or_of_another_year_is_named(shop, tmp_path, which, content):
     name = shop.archives[which]
     right, shop.files[name] = shop.files[name], content
     with refused(f"amazon2014{name} .*; 2014's reviews .*; delete"):
@@ -1786,8 +1782,7 @@ def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, 
     names = {"transformers": transformers, "peft": peft}
     exec("\n".join(code), names)
     vlm = names["vlm"].eval().get_base_model()
-    base = few / TINY
-    processor = transformers.AutoImageProcessor.from_pretrained(base, backend="pil")
+    processor = transformers.AutoImageProcessor.from_pretrained(few / TINY, backend="pil")
     def last(prompt, items):
         ids = tokenizer_of(few / TINY)(f"{prompt}<|im_end|>").input_ids
         return own_state(vlm, processor, open_few(few), ids, items)
@@ -1916,7 +1911,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(few, tmp_path, told):
 def test_of_two_runs_in_one_folder_the_second_gets_one_line(few, tmp_path, told):
     with data.lock(tmp_path / RUN):
         told(command(few, BRIEF, "--out", tmp_path),
-             f"error: {tmp_path}/few/vlm2rec-seed0: another run is at work there")
+             f"error: {tmp_path / RUN}: another run is at work there")
 
 def test_an_old_finished_run_is_shown_compared_and_asked(copied, monkeypatch, capsys, told):
     """Its files lack what is written today; made on another device, in a folder that cannot be
@@ -1985,8 +1980,8 @@ def test_other_code_is_told_and_blocks_half_a_run_of_another_transformers(
         assert vlm2rec.check_folder(run) == note
 
 @each("name, path", [
-    ("model", TINY), ("adapter", "runs/few/vlm2rec-seed0/adapter"),
-    ("embeddings", "runs/few/vlm2rec-seed0/items.safetensors")])
+    ("model", TINY), ("adapter", f"runs/{RUN}/adapter"),
+    ("embeddings", f"runs/{RUN}/items.safetensors")])
 def test_what_is_given_is_known_by_its_content(name, path, copied, few):
     def settings(home):
         method = "mean-pool" if name == "embeddings" else "vlm2rec"
@@ -2064,9 +2059,9 @@ def write_run(folder, name, seed, score, ranks, **settings):
     rows = [[user, rank] for user, rank in zip("abcd", ranks)]
     random.shuffle(rows)  # the users are matched by their ids
     data.write_csv(run / "ranks.csv", ["user_id", "rank"], rows)
-    settings |= {"method": name, "seed": seed}
-    for file, content in (("metrics", metrics), ("config", settings), ("table", "")):
-        (run / f"{file}.{'md' if file == 'table' else 'json'}").write_text(json.dumps(content))
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    (run / "config.json").write_text(json.dumps({"method": name, "seed": seed} | settings))
+    (run / "table.md").touch()
 
 def test_the_comparison_by_hand(tmp_path):
     """A user's N@10 is 1 at rank 1, 1 / log2(4) = .5 at rank 3 and 0 beyond rank 10."""
@@ -2291,12 +2286,6 @@ def tensors(change):
         save_file({name: w.contiguous() for name, w in changed.items()}, path, {"format": "pt"})
     return spoil
 
-def changed(old, new):
-    return lambda path: edit(path.parent, path.name, old, new, -1)
-
-def written(text):
-    return lambda path: path.write_text(text)
-
 def empty_tokenizer(path):
     """As transformers makes one where a class is named, and no file of it is there."""
     path.unlink()
@@ -2322,15 +2311,16 @@ def add_token(word):
     return add
 
 @each("file, spoil, words", [
-    ("m/model.safetensors", written("version https://git"), "git-lfs p"),
+    ("m/model.safetensors", lambda path: path.write_text("version https://git"), "git-lfs p"),
     ("m/model.safetensors", tensors(lambda w: {k: w[k] for k in w if "visual.blocks.0" not in k}),
      "lack ['visual.blocks.0"),
     ("m/tokenizer.json", Path.unlink, "does not load"),
     ("m/tokenizer.json", empty_tokenizer, "m lacks words, an end or "),
-    ("m/tokenizer_config.json", changed('"eos_token"', '"eos"'), "m lacks words, an end or "),
+    ("m/tokenizer_config.json", lambda path: edit(
+        path.parent, path.name, '"eos_token"', '"eos"', -1), "m lacks words, an end or "),
     ("m/tokenizer.json", rename_a_mark, "an end or ['<|vision_start|>']"),
     ("m/tokenizer.json", add_token("kite"), "m has 434 tokens, its tokenizer gives number 434"),
-    ("m/adapter_config.json", written("{}"), "merge it, or give it as --ada"),
+    ("m/adapter_config.json", lambda path: path.write_text("{}"), "merge it, or give it as --ada"),
     ("m/config.json", lambda path: transformers.LlavaConfig(
         vision_config={"model_type": "pixtral"}).to_json_file(path), "its pictures vary in size"),
     ("a/adapter_model.safetensors", tensors(lambda w: {k: w[k][:4] for k in w}), "does not fit"),
@@ -2347,9 +2337,8 @@ def test_a_model_or_adapter_that_does_not_fit(
         file, spoil, words, finished, few, own_model, tmp_path, told):
     shutil.copytree(finished / "adapter", tmp_path / "a")
     spoil(tmp_path / file)
-    flags = ["--out", tmp_path, "--image-size 56 --model", own_model]
-    adapter = ["--adapter", tmp_path / "a"] if file[0] == "a" else []
-    told(command(few, BRIEF, *flags, *adapter), words)
+    flags = ["--model", own_model, "--image-size 56 --adapter", tmp_path / "a", "--out", tmp_path]
+    told(command(few, BRIEF, *flags), words)
 
 def test_an_adapter_in_a_models_folder_is_refused(finished, own_model):
     shutil.copytree(finished / "adapter", own_model, dirs_exist_ok=True)
