@@ -411,7 +411,7 @@ def test_the_seed_decides_the_users_and_their_order(tmp_path):
     first, second = users(0, 7)
     assert len(set(first)) == len(set(second)) == 6 and len({*first, *second}) <= 7
     assert first != second and users(0, 7) == (first, second)
-    assert users(0, 7)[0] != users(1, 7)[0] and users(0, None) != users(1, None)
+    assert {*users(0, 7)[0]} != {*users(1, 7)[0]} and users(0, None) != users(1, None)
 
 @each("scores, kept", [
     ([.4, .3, .2], 0),         # the untrained model is a candidate; two epochs without a gain
@@ -1457,27 +1457,28 @@ def shop(monkeypatch):
 def answer(number, content=b"", **options):
     return lambda handler: handler.answer(number, content, **options)
 
+PATH = "/images/I/B{:05}.jpg".format  # of item k's picture
+
+FAULTS = {  # of item k: what comes before its picture; what dropped.csv says if it never comes
+    0: ([answer(404)], "HTTP 404"),
+    1: ([answer(500)], ""),
+    2: ([answer(429, **{"Retry-After": 7})], ""),
+    3: ([lambda handler: time.sleep(1)] * 4, "no answer: TimeoutError timed out"),
+    4: ([answer(200, plain(size=(50, 50)), cut=400)], ""),  # replaced before it is begun anew
+    5: ([answer(200, b"<html>")], "no answer: no picture, cannot identify image file"),
+    6: ([answer(200, plain("P", (1, 1), "GIF"))], "(1, 1) P: too large, small, thin or deep"),
+    7: ([answer(503)] * 4, "no answer: HTTP 503"),
+    9: ([answer(302, Location=PATH(8))], ""),
+    10: ([answer(503)] * 4, "no answer: HTTP 503"),
+    12: ([answer(200, plain(), cut=100), answer(200, plain(), whole=True)], ""),
+    13: ([answer(200, b"0" * 9999)], "over 9,000 bytes"),
+    14: ([answer(302, Location="http://localhost" + PATH(8))], "no answer: HTTP 302"),
+    19: ([answer(503, **{"Retry-After": 9999})], "")}
+
 def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys, monkeypatch):
     assert (data.MAX_BYTES, data.MAX_SECONDS) == (10_000_000, 60)
     monkeypatch.setattr(data, "MAX_BYTES", 9000)
-    picture = "/images/I/B{:05}.jpg".format
-    good = shop.files[picture(0)]
-    faults = {  # of a picture: what comes before it; what dropped.csv says if it never comes
-        0: ([answer(404)], "HTTP 404"),
-        1: ([answer(500)], ""),
-        2: ([answer(429, **{"Retry-After": 7})], ""),
-        3: ([lambda handler: time.sleep(1)] * 4, "no answer: TimeoutError timed out"),
-        4: ([answer(200, plain(size=(50, 50)), cut=400)], ""),  # replaced before it is begun anew
-        5: ([answer(200, b"<html>")], "no answer: no picture, cannot identify image file"),
-        6: ([answer(200, plain("P", (1, 1), "GIF"))], "(1, 1) P: too large, small, thin or deep"),
-        7: ([answer(503)] * 4, "no answer: HTTP 503"),
-        9: ([answer(302, Location=picture(8))], ""),
-        10: ([answer(503)] * 4, "no answer: HTTP 503"),
-        12: ([answer(200, good, cut=100), answer(200, good, whole=True)], ""),
-        13: ([answer(200, b"0" * 9999)], "over 9,000 bytes"),
-        14: ([answer(302, Location="http://localhost" + picture(8))], "no answer: HTTP 302"),
-        19: ([answer(503, **{"Retry-After": 9999})], "")}
-    shop.faults = {picture(k): answers for k, (answers, _) in faults.items()}
+    shop.faults = {PATH(k): list(answers) for k, (answers, _) in FAULTS.items()}
     reviews, metadata = shop.archives
     shop.faults[reviews] = [answer(200, shop.files[reviews], cut=1000)]
     shop.meta[15].pop("title")
@@ -1487,7 +1488,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys, monkeypatc
     shop.put(metadata, map(repr, shop.meta))
     domain = shop.prepare(tmp_path)
     bare = "no title, no picture or an odd id"
-    dropped = {k: reason for k, (_, reason) in faults.items() if reason}
+    dropped = {k: reason for k, (_, reason) in FAULTS.items() if reason}
     dropped |= dict.fromkeys(range(15, 19), bare)
     listed = {row[0]: row[1] for row in rows_of(tmp_path / "toys", "dropped.csv")}
     assert listed.pop("../../odd") == bare  # it would be a file's name
@@ -1500,7 +1501,7 @@ def test_amazon_from_nothing_with_every_fault(shop, tmp_path, capsys, monkeypatc
     assert not any(start for path, start in shop.log if path.endswith(".jpg"))
     assert 7 in shop.pauses and max(shop.pauses) == 30  # as the server asked, within reason
     for k in (4, 9, 12):
-        assert (tmp_path / f"toys/images/{shop.items[k]}.jpg").read_bytes() == good
+        assert (tmp_path / f"toys/images/{shop.items[k]}.jpg").read_bytes() == plain()
     buyers = {row[0] for row in rows_of(tmp_path / "toys", EVENTS)}
     assert len(buyers) == 70 and "five" not in buyers  # without B00000 that one has four
     said = capsys.readouterr().out
@@ -1612,7 +1613,7 @@ def test_ctrl_c_ends_in_one_line_at_once(shop, tmp_path):
 
 # ---- A run and its files ----
 
-COLOUR = lambda k: (k, 5 * k % 256, 255 - k)  # of item k's picture
+COLOUR = lambda k: (k, 5 * k % 256, 255 - k)  # of item k's picture, but for a corner
 LONG = "Halma basket 7 " * 30  # 90 words of the tiny model, each of them a token
 
 def bought(n):
@@ -1632,7 +1633,9 @@ def write_few(folder):
     events = [[f"u{n}", ids[item], j] for n in range(33) for j, item in enumerate(bought(n))]
     write_tables(folder, [["lost", "Arvo kite", "none.png"], *items], events)
     for k in range(130):
-        Image.new("RGB", (40, 40), COLOUR(k)).save(folder / f"images/{k}.png")
+        picture = Image.new("RGB", (84, 84), COLOUR(k))
+        picture.paste("black", (0, 0, 20 + k % 9, 30))  # so that how it is scaled matters
+        picture.save(folder / f"images/{k}.png")
 
 BRIEF = ("--epochs 2 --lr 2e-3 --history 6 --revision v2 "
          "--log-every 1 --save-every 3")  # 8 steps, checkpoints at 3 and 6
@@ -1767,10 +1770,11 @@ def test_mean_pool_by_hand_with_a_seed_of_its_own(few, tmp_path):
     [folder] = (tmp_path / "few").glob("mean-pool*-seed1")
     e = vectors_of(folder, "item")[1]["fused"]
     metrics = metrics_of(folder)
-    for split, place in (("test", -1), ("valid", -2)):
+    for split, place in (("valid", -2), ("test", -1)):
         z = torch.stack([e[bought(n)[place - 6:place]].mean(dim=0) for n in range(33)])
         negatives = [negatives_of(n, split, seed=1) for n in range(33)]
         assert metrics[split] == approx(scores_of(z, e, negatives, place))
+    assert_close(vectors_of(folder, "user")[1]["fused"], z)
     assert not {"queries", "geometry", "gradient", "untrained"} & set(metrics)
 
 def test_the_code_of_the_adapters_card_gives_the_item_embeddings_back(finished, few):
