@@ -123,7 +123,7 @@ class Config:
     history: int = setting(10, "latest items of a user in the prompt")
     image_size: int = setting(None, "side of a picture in pixels; tiny: 56; else 168, ours")
     lr: float = setting(None, "AdamW's, constant, no decay; tiny: 1e-3; else 1e-5")
-    alpha: float = setting(1.0, "its start, ours; below 5 the gap hardly acts, above it costs text")
+    alpha: float = setting(1.0, "its start, ours: nearly even weights; 5 lifts vision, costs text")
     penalty_lr: float = setting(1e-5, "AdamW's for alpha and beta; 0: frozen")
     tau: float = setting(0.1, "temperature of the contrastive loss; paper: .05, .1, .5 or 1")
     tau_crtr: float = setting(1.0, "and of the topology loss; paper: .001, .01, .1 or 1")
