@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import groupby, pairwise, product
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from time import monotonic, sleep
 from unicodedata import normalize
 
@@ -124,7 +124,7 @@ def read_items(folder: Path) -> dict:
         item = read_id(item, where)
         if item in items:
             raise InputError(f"{where}: item_id {item!r} is there twice; drop a row")
-        if Path(image).is_absolute() or ".." in PureWindowsPath(image).parts:
+        if Path(image).is_absolute() or ".." in re.split(r"[/\\]", image):
             raise InputError(f"{where}: {image[:200]!r} has a root or .. in it; copy it into "
                              f"{folder}, and write its path from there")
         if not os.path.exists(folder / image):
@@ -137,7 +137,7 @@ def find_file(folder, image, listings):
     def fold(name):
         return normalize("NFC", name).casefold()
     path = folder
-    for part in PureWindowsPath(image).parts:
+    for part in re.split(r"[/\\]", image):
         if path not in listings:
             names = sorted(os.listdir(path)) if os.path.isdir(path) else []
             listings[path] = {fold(name): name for name in names}

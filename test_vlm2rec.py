@@ -1083,6 +1083,7 @@ INPUTS = {  # words of a refusal or NOTE, or what is dropped; what is done to a 
     "path out of Windows": ("line 6: .* has a root or ..", edit, ITEMS, PICTURE, r"..\..\4.png"),
     "absolute path": ("line 6: '/etc/passwd' has a root", edit, ITEMS, PICTURE, "/etc/passwd"),
     "path of Windows": ({}, edit, ITEMS, PICTURE, r"Images\4.PNG"),
+    "absolute path of Windows": (ONE_LOST, edit, ITEMS, PICTURE, r"\etc\passwd"),
     "files that are links": ({}, link_away, ITEMS, EVENTS, PICTURE, "images/5.png"),
     "a FIFO": (ONE_LOST, make_fifo, PICTURE),
     "file names of a Mac": ({}, name_a_file_as_a_mac_does),
@@ -2374,12 +2375,24 @@ def test_qwen_saved_by_its_class_with_a_head_loads(few, own_model):
                   for path in (few / TINY, own_model))
     assert_close(other, one, rtol=0, atol=0)
 
+def test_the_language_model_of_a_vision_language_model_loads(few, tmp_path):
+    """Saved by itself, Qwen3.5's keeps the names model.language_model.*, which are mapped twice."""
+    family_encoder("qwen3_5", tmp_path / "whole", few)
+    alone = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    alone.save_pretrained(tmp_path / "alone")
+    tokenizer_of(few / TINY).save_pretrained(tmp_path / "alone")
+    assert "model.language_model.norm.weight" in load_file(tmp_path / "alone/model.safetensors")
+    vlm, _, processor = vlm2rec.load_vlm(str(tmp_path / "alone"), "main", "cpu")
+    assert processor is None
+    assert_close(vlm.state_dict(), alone.model.state_dict(), rtol=0, atol=0)
+
 @each("error, words", [
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: try"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), "try --checkpointing on"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "out of memory: try"),
     (MemoryError(), "out of memory: try"),
     (KeyboardInterrupt(), "the same command goes on from the last checkpoint"),
+    (safetensors.SafetensorError("I/O error: File too large"), "File too large"),
     (FloatingPointError("a score\nis not"), "a score is not"), (RuntimeError("shapes"), None)])
 def test_a_defect_keeps_its_traceback_all_else_is_told(error, words, few, monkeypatch, told):
     monkeypatch.setattr(vlm2rec, "execute", Mock(side_effect=error))

@@ -655,11 +655,12 @@ def load_vlm(model, revision, device):
     print(f"loading {model}")
     hub = {"revision": revision, "trust_remote_code": False}
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    headless = {r"^model\.(visual|language_model)\.": r"\1."}  # as some save it with its head
+    load = functools.partial(transformers.AutoModel.from_pretrained, model, dtype=dtype,
+                             use_safetensors=True, output_loading_info=True, **hub)
     with readable(f"--model {model} does not load (is it whole, not git-lfs pointers?)"):
-        vlm, report = transformers.AutoModel.from_pretrained(
-            model, dtype=dtype, use_safetensors=True, key_mapping=headless,
-            output_loading_info=True, **hub)
+        vlm, report = load()
+        if report["missing_keys"]:  # perhaps saved with its head, as transformers 5 names it
+            vlm, report = load(key_mapping={r"^model\.(visual|language_model)\.": r"\1."})
         if report["missing_keys"]:  # transformers goes on with random weights
             raise ValueError(f"its weights lack {sorted(report['missing_keys'])[:3]}")
         if getattr(vlm, "_hf_peft_config_loaded", False):  # ours would replace it in silence
@@ -1474,7 +1475,7 @@ def main(argv=None):
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, safetensors.SafetensorError) as error:
         message = str(error)
     except (RuntimeError, MemoryError) as error:
         if not re.search("out of memory|ALLOC_FAILED|allocate memory|MemoryError", repr(error)):
