@@ -394,16 +394,20 @@ def lock(path: Path, wait: bool = False):
     finally:
         held.release()
 
+def set_mode(path: Path, mode: int) -> None:
+    """Give a file the usual mode: safetensors makes it 0600. Some mounts know no modes."""
+    with suppress(OSError):
+        path.chmod(mode)
+
 @contextmanager
 def whole_file(path: Path):
     """A temporary path beside `path`, which takes its place when the block ends well."""
     partial = path.with_name(f"{path.name}.part")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # the usual one; safetensors makes it 0600
+        mode = partial.stat().st_mode
         yield partial
-        with suppress(OSError):  # some mounts know no modes
-            partial.chmod(mode)
+        set_mode(partial, mode)
         os.replace(partial, path)
     except OSError as error:  # a write that fails does not say where
         raise OSError(error.errno, error.strerror, str(path)) from error
@@ -554,8 +558,7 @@ def write_tiny_model(folder: Path) -> None:
         Qwen2_5_VLModel(config).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     Qwen2VLImageProcessorPil().save_pretrained(partial)
-    with suppress(OSError):  # it would be 0600
-        (partial / "model.safetensors").chmod((partial / "config.json").stat().st_mode)
+    set_mode(partial / "model.safetensors", (partial / "config.json").stat().st_mode)
     os.replace(partial, folder)
 
 # ---- Amazon 2014 (McAuley et al., SIGIR 2015): reviews and metadata, then the pictures ----
@@ -673,6 +676,7 @@ def fetch_pictures(addresses, folder):
     """Fetch {item: address} to `folder`/item.jpg, if it decodes. Returns {item: "", or why not}."""
     folder.mkdir(parents=True, exist_ok=True)
     def get(item):
+        """Fetch one: "", or why not."""
         path = folder / f"{item}.jpg"
         if path.exists() and not flaw(path.read_bytes(), path):  # a power cut leaves empty files
             return ""

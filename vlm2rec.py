@@ -989,9 +989,8 @@ def save_adapter(run, lora):
     folder = run.folder / "adapter"
     with readable(f"{folder}/adapter_model.safetensors cannot be written"):
         lora.save_pretrained(folder, save_embedding_layers=False)  # else it would ask the hub
-    with contextlib.suppress(OSError):  # safetensors makes it 0600
-        mode = (folder / "adapter_config.json").stat().st_mode
-        (folder / "adapter_model.safetensors").chmod(mode)
+    mode = (folder / "adapter_config.json").stat().st_mode
+    data.set_mode(folder / "adapter_model.safetensors", mode)
     settings = lora.peft_config["default"]
     data.write_text(folder / "README.md", CARD.format(
         run.config.method, run.domain.name, settings.base_model_name_or_path, settings.revision))
@@ -1396,7 +1395,7 @@ def recommend(run, history, k=10):
         e = load_file(path)["fused"]
     model, _ = make_model(run)
     commit = read_json(run.folder / "metrics.json").get("commit")
-    if commit != model.encoder.vlm.commit:
+    if commit != commit_of(model):
         raise InputError(f"--model {name} has changed since: give --revision {commit}")
     items = [ids.index(item) for item in history]
     z = model.encoder.embed([items[-run.config.history:]], run.method.modalities)["fused"]
